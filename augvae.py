@@ -1,0 +1,431 @@
+"""
+AugVAE: the feature-augmented VQ autoencoder of L-Verse, an image to discrete tokens and back.
+
+              encoders, fine to coarse                                       decoders, coarse to fine
+    image -> enc0 -> 64x64 -> enc1 -> 32x32 -> enc2 -> 16x16 -> enc3 -> 8x8
+                       |                |                |               |
+                    codebook         codebook         codebook        codebook      (one codebook for all levels)
+                       |                |                |               |
+    image <- dec3 <- cat <--- dec2 <-- cat <--- dec1 <- cat <-- dec0 <---+
+
+The encoders are chained on continuous features; each level is quantised on the side. That is AugVAE-ML
+("multi-level"): 64^2 + 32^2 + 16^2 + 8^2 = 5440 tokens a 256-pixel image. `single_level(32)` cuts it down to
+AugVAE-SL, which keeps enc0, enc1, the last two decoders and only the 32x32 grid: the 1024 tokens that BiART models.
+
+References:
+1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.1), and the authors' released training code.
+2) VQ-VAE, van den Oord et al. 2017, https://arxiv.org/abs/1711.00937: straight-through, commitment, EMA codebook.
+3) VQGAN, Esser et al. 2021, https://arxiv.org/abs/2012.09841: the residual encoder and decoder.
+"""
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class AugVAEConfig:
+    """The defaults are the released 256-pixel model (225 M parameters)."""
+    image_size: int = 256  # side of the square image, pixels
+    levels: tuple[int, ...] = (64, 32, 16, 8)  # side of each token grid, finest first
+    hidden: int = 128  # channels at ch_mult 1
+    ch_mult: tuple[int, ...] = (1, 2, 4)  # first encoder and last decoder; m entries change the side by 2^(m-1)
+    ch_mult_inner: tuple[int, ...] = (2, 4)  # all other encoders and decoders
+    n_res_blocks: int = 2  # residual blocks per resolution (a decoder has one more)
+    n_groups: int = 32  # of every GroupNorm
+    attention: bool = False  # self-attention at each token grid's resolution
+    ae_dropout: float = 0.0  # inside the residual blocks
+    z_channels: int = 256  # channels between encoders, codebook and decoders
+    codebook_size: int = 8192  # codes, shared by all levels
+    codebook_dim: int = 256
+    commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
+    ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
+    ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
+    dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
+    single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
+
+    def __post_init__(self):
+        self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
+        self.ch_mult_inner = tuple(self.ch_mult_inner)
+        side = self.image_size
+        for i, level in enumerate(self.levels):
+            mult = self.ch_mult if i == 0 else self.ch_mult_inner
+            factor = 2 ** (len(mult) - 1)
+            if side != level * factor:
+                raise ValueError(f"levels {self.levels}: an encoder with {len(mult)} multipliers takes a side of "
+                                 f"{side} to {side / factor:g}, not to {level}")
+            side = level
+        for mult in self.ch_mult + self.ch_mult_inner:
+            if self.hidden * mult % self.n_groups:
+                raise ValueError(f"hidden {self.hidden} x ch_mult {mult} is not divisible by n_groups {self.n_groups}")
+        if self.single_level and self.single_level not in self.levels:
+            raise ValueError(f"single_level {self.single_level} is not one of the levels {self.levels}")
+
+    @property
+    def grids(self):
+        """Sides of the token grids that encode() returns, finest first: all levels (ML) or the kept one (SL)."""
+        return (self.single_level,) if self.single_level else self.levels
+
+
+# -----------------------------------------------------------------------------
+# Blocks
+
+class NormSiLU(nn.GroupNorm):
+    """SiLU(GroupNorm(x)), the pair in front of every convolution of the model."""
+
+    def __init__(self, n_groups, channels):
+        super().__init__(n_groups, channels, eps=1e-6)
+
+    def forward(self, x):
+        return F.silu(super().forward(x), inplace=True)
+
+
+class ResBlock(nn.Module):
+    """x + conv(NormSiLU(conv(NormSiLU(x)))), with a 1x1 convolution on x where the channels change."""
+
+    def __init__(self, in_channels, out_channels, config):
+        super().__init__()
+        self.norm1 = NormSiLU(config.n_groups, in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = NormSiLU(config.n_groups, out_channels)
+        self.dropout = nn.Dropout(config.ae_dropout)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+
+    def forward(self, x):
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.dropout(self.norm2(h)))
+        return self.shortcut(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the h*w positions, with a residual connection."""
+
+    def __init__(self, channels, config):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.n_groups, channels, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, h*w, C)
+        h = F.scaled_dot_product_attention(q, k, v)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Conv2d):
+    """(B, C, h, w) -> (B, C, h/2, w/2): stride 2, padded on the right and bottom only, as in VQGAN."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, stride=2)
+
+    def forward(self, x):
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Conv2d):
+    """(B, C, h, w) -> (B, C, 2h, 2w): nearest x2, then a 3x3 convolution, at 4/9 of the arithmetic.
+
+    Nearest x2 repeats every pixel as a 2x2 box, so the 3x3 kernel and the box merge into one 4x4 kernel
+    that a stride-2 transposed convolution applies at the low resolution: 16 products a pixel instead of 36.
+    """
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x):
+        k = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), the layout of transposed convolutions
+        k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
+        k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
+        return F.conv_transpose2d(x, k, self.bias, stride=2, padding=1)
+
+
+class Encoder(nn.Sequential):
+    """(B, in_channels, s, s) -> (B, z_channels, s / 2^(m-1), s / 2^(m-1)) for m multipliers."""
+
+    def __init__(self, in_channels, ch_mult, config):
+        c, ch = config.hidden, config.hidden * ch_mult[0]
+        layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
+        for i, mult in enumerate(ch_mult):
+            last = i == len(ch_mult) - 1
+            for j in range(config.n_res_blocks):
+                layers[f"down_{i}_block_{j}"] = ResBlock(c, ch := config.hidden * mult, config)
+                c = ch
+                if config.attention and last:
+                    layers[f"down_{i}_attn_{j}"] = Attention(c, config)
+            if not last:
+                layers[f"down_{i}_downsample"] = Downsample(c)
+        layers["mid_block_1"] = ResBlock(c, c, config)
+        if config.attention:
+            layers["mid_attn_1"] = Attention(c, config)
+        layers["mid_block_2"] = ResBlock(c, c, config)
+        layers["norm_out"] = NormSiLU(config.n_groups, c)
+        layers["conv_out"] = nn.Conv2d(c, config.z_channels, 3, padding=1)
+        super().__init__(layers)
+
+
+class Decoder(nn.Sequential):
+    """(B, in_channels, s, s) -> (B, out_channels, s * 2^(m-1), s * 2^(m-1)): the mirror of Encoder."""
+
+    def __init__(self, in_channels, out_channels, ch_mult, config):
+        c = config.hidden * ch_mult[-1]
+        layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
+        layers["mid_block_1"] = ResBlock(c, c, config)
+        if config.attention:
+            layers["mid_attn_1"] = Attention(c, config)
+        layers["mid_block_2"] = ResBlock(c, c, config)
+        for i in reversed(range(len(ch_mult))):
+            for j in range(config.n_res_blocks + 1):
+                layers[f"up_{i}_block_{j}"] = ResBlock(c, config.hidden * ch_mult[i], config)
+                c = config.hidden * ch_mult[i]
+                if config.attention and i == len(ch_mult) - 1:
+                    layers[f"up_{i}_attn_{j}"] = Attention(c, config)
+            if i:
+                layers[f"up_{i}_upsample"] = Upsample(c)
+        layers["norm_out"] = NormSiLU(config.n_groups, c)
+        layers["conv_out"] = nn.Conv2d(c, out_channels, 3, padding=1)
+        super().__init__(layers)
+
+
+class TiedConv1x1(nn.Module):
+    """A 1x1 convolution with one weight for all levels and a bias for each."""
+
+    def __init__(self, in_channels, out_channels, n_levels):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
+        self.bias = nn.Parameter(torch.empty(n_levels, out_channels))
+        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's own
+        nn.init.uniform_(self.bias, -in_channels ** -0.5, in_channels ** -0.5)
+
+    def forward(self, x, level):
+        return F.conv2d(x, self.weight, self.bias[level])
+
+
+# -----------------------------------------------------------------------------
+# Codebook
+
+class Codebook(nn.Module):
+    """
+    `size` vectors of `dim` numbers, moved by exponential moving averages instead of gradients.
+
+    forward() quantises and never changes the codebook. Training calls collect() on every forward pass and update()
+    once per optimizer step: all levels and all ranks move the codes together, by one all-reduce, so that the
+    codebook stays bit-equal on every rank. (The release updates once per level and never synchronises.)
+
+    State, fp32 and outside autocast: weight (size, dim); cluster_size (size,) and embed_sum (size, dim) are the moving
+    averages of how many vectors a step brings to each code and of their sum, so weight = embed_sum / cluster_size.
+    Both start at zero: every code is dead until the first batches bring it to life.
+    """
+    max_revived = 256  # per step, which bounds what is all-reduced
+
+    def __init__(self, config):
+        super().__init__()
+        self.size, self.dim = config.codebook_size, config.codebook_dim
+        self.decay, self.eps, self.dead_below = config.ema_decay, config.ema_eps, config.dead_below
+        self.register_buffer("weight", torch.randn(self.size, self.dim))
+        self.register_buffer("cluster_size", torch.zeros(self.size))
+        self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.pending = None  # what collect() has gathered since the last update()
+
+    def nearest(self, z, chunk=2 ** 24):
+        """(N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2, holding at most `chunk` distances at a time."""
+        half_norms = self.weight.square().sum(1) / 2  # |z|^2 is the same for all codes
+        codes = [torch.addmm(half_norms, part, self.weight.t(), alpha=-1).argmin(1)
+                 for part in z.split(max(1, chunk // self.size))]
+        return torch.cat(codes)
+
+    def forward(self, z):
+        """
+        z (B, dim, h, w) -> z_q (B, dim, h, w) with straight-through gradients to z, codes LongTensor (B, h, w),
+        and mse(sg[z_q], z), a scalar.
+        """
+        with torch.autocast(z.device.type, enabled=False):
+            z = z.float()
+            codes = self.nearest(z.detach().permute(0, 2, 3, 1).reshape(-1, self.dim))
+            codes = codes.view(z.shape[0], *z.shape[2:])
+            z_q = self.lookup(codes)
+            return z + (z_q - z).detach(), codes, F.mse_loss(z, z_q)
+
+    def lookup(self, codes):
+        """LongTensor (B, h, w), values in [0, size) -> (B, dim, h, w)."""
+        return F.embedding(codes, self.weight).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def collect(self, z, codes):
+        """Add one forward pass, one level: z (B, dim, h, w) and its codes (B, h, w), to the next update()."""
+        z = z.detach().float().permute(0, 2, 3, 1).reshape(-1, self.dim)
+        codes = codes.flatten()
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if self.pending is None:
+            self.pending = (z.new_zeros(self.size), torch.zeros_like(self.embed_sum),
+                            z.new_zeros(0), z.new_zeros(0, self.dim), 0)
+        counts, sums, keys, candidates, calls = self.pending
+        counts += torch.bincount(codes, minlength=self.size)
+        sums.index_add_(0, codes, z)
+        # Candidates for reviving dead codes: a weighted random draw (Efraimidis & Spirakis) in which far-off vectors
+        # weigh more, as in k-means++. The uniform numbers are drawn for the whole global batch and sliced by rank, so
+        # that two ranks with half a batch each choose what one rank with the whole batch would.
+        generator = torch.Generator().manual_seed(int(self.updates) * 64 + calls)
+        uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device)
+        error = (z - self.weight[codes]).square().sum(1)
+        keys = torch.cat([keys, uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)])
+        candidates = torch.cat([candidates, z])
+        keys, best = keys.topk(min(self.max_revived, self.size, len(keys)))
+        self.pending = (counts, sums, keys, candidates[best], calls + 1)
+
+    @torch.no_grad()
+    def update(self):
+        """
+        Move the codebook once by all that was collected since the last update, on all ranks.
+        Returns (share of codes in use, perplexity) of what was collected; perplexity is in [1, size].
+        """
+        counts, sums, keys, candidates, _ = self.pending
+        self.pending = None
+        if dist.is_initialized():  # one call: ranks add their sums, and fill each their own slots of keys, candidates
+            rank, world = dist.get_rank(), dist.get_world_size()
+            slots = keys.new_zeros(world, len(keys) * (1 + self.dim))
+            slots[rank] = torch.cat([keys, candidates.flatten()])
+            flat = torch.cat([counts, sums.flatten(), slots.flatten()])
+            dist.all_reduce(flat)
+            counts, sums, slots = flat.split([counts.numel(), sums.numel(), slots.numel()])
+            sums, slots = sums.view(self.size, self.dim), slots.view(world, -1)
+            keys, candidates = slots[:, :len(keys)].flatten(), slots[:, len(keys):].reshape(-1, self.dim)
+        self.updates += 1
+        self.cluster_size.lerp_(counts, 1 - self.decay)
+        self.embed_sum.lerp_(sums, 1 - self.decay)
+        threshold = self.dead_below * counts.sum() / self.size
+        dead = self.cluster_size < threshold
+        best = keys.topk(min(self.max_revived, self.size, len(keys))).indices
+        dead = dead.nonzero().squeeze(1)[:len(best)]
+        newborn = candidates[best[:len(dead)]]
+        # A newborn starts light, so that it moves quickly to where it is used and is soon given up where it is not.
+        self.cluster_size[dead] = 2 * threshold
+        self.embed_sum[dead] = 2 * threshold * newborn
+        total = self.cluster_size.sum()
+        smoothed = (self.cluster_size + self.eps) / (total + self.size * self.eps) * total
+        alive = self.cluster_size > 0
+        self.weight[alive] = self.embed_sum[alive] / smoothed[alive, None]
+        return codebook_use(counts)
+
+
+def codebook_use(counts):
+    """
+    How often each code was used, (size,) -> (share of codes used at all, perplexity), floats.
+    exp(entropy), the perplexity, is the number of equally used codes that would carry as much.
+    """
+    p = counts.double() / counts.sum()
+    return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+
+
+# -----------------------------------------------------------------------------
+# The model
+
+class AugVAE(nn.Module):
+    """AugVAE-ML, or AugVAE-SL where config.single_level names a grid. See the diagram at the top of this file."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = c = config
+        depth = len(c.levels) if not c.single_level else c.levels.index(c.single_level) + 1
+        n_levels = len(c.grids)
+        mults = [c.ch_mult] + [c.ch_mult_inner] * (depth - 1)
+        self.encoders = nn.ModuleList(Encoder(3 if i == 0 else c.z_channels, mult, c) for i, mult in enumerate(mults))
+        self.pre_quant = TiedConv1x1(c.z_channels, c.codebook_dim, n_levels)
+        self.codebook = Codebook(c)
+        self.post_quant = TiedConv1x1(c.codebook_dim, c.z_channels, n_levels)
+        # Only the coarsest decoder of all takes z channels; every other one takes two things side by side.
+        widths = [c.z_channels * (1 if i == len(c.levels) - 1 else 2) for i in range(depth)]
+        self.decoders = nn.ModuleList(  # coarse to fine, the order they run in
+            Decoder(widths[i], 3 if i == 0 else c.z_channels, mults[i], c) for i in reversed(range(depth)))
+        self.connectors = nn.ModuleList(  # AugVAE-SL: there is nothing to concatenate, so a 1x1 widens what there is
+            nn.Conv2d(c.z_channels, widths[i], 1) for i in reversed(range(depth))) if c.single_level else None
+
+    def features(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> the vectors to quantise, a list of (B, codebook_dim, h, w), finest first."""
+        pyramid = []
+        for encoder in self.encoders:
+            images = encoder(images)
+            pyramid.append(images)
+        return [self.pre_quant(h, i) for i, h in enumerate(pyramid[-len(self.config.grids):])]
+
+    def reconstruct(self, quantised):
+        """Quantised vectors, a list of (B, codebook_dim, h, w), finest first -> images (B, 3, H, W), about [-1, 1]."""
+        levels = [self.post_quant(z_q, i) for i, z_q in enumerate(quantised)]
+        h = None
+        for i, decoder in enumerate(self.decoders):
+            if self.connectors is not None:
+                h = decoder(self.connectors[i](levels[0] if h is None else h))
+            else:
+                level = levels[-(i + 1)]
+                h = decoder(level if h is None else torch.cat([level, h], dim=1))
+        return h
+
+    def forward(self, images, collect=False):
+        """
+        Images (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), not clamped; commitment loss, a scalar
+        (summed over levels, weight included); codes as encode() gives them.
+        `collect` hands the vectors to the codebook, whose update() then moves it once per optimizer step.
+        """
+        quantised, codes, commitment = [], [], 0.0
+        for z in self.features(images):
+            z_q, code, loss = self.codebook(z)
+            if collect:
+                self.codebook.collect(z, code)
+            quantised.append(z_q)
+            codes.append(code)
+            commitment = commitment + self.config.commitment * loss
+        return self.reconstruct(quantised), commitment, codes
+
+    @torch.no_grad()
+    def encode(self, images):
+        """Images (B, 3, H, W) in [-1, 1] -> a list of LongTensor (B, h, w), values in [0, codebook_size), finest first."""
+        return [self.codebook(z)[1] for z in self.features(images)]
+
+    @torch.no_grad()
+    def decode(self, codes):
+        """
+        Codes as encode() gives them -> images (B, 3, H, W) in [-1, 1].
+        Raises ValueError where the grids are not those of the model or a code is out of range.
+        """
+        sides = tuple(c.shape[-1] for c in codes)
+        if sides != self.config.grids:
+            raise ValueError(f"codes have grids {sides}, this model's are {self.config.grids}")
+        for c in codes:
+            if c.min() < 0 or c.max() >= self.config.codebook_size:
+                raise ValueError(f"codes from {c.min()} to {c.max()} are outside [0, {self.config.codebook_size})")
+        return self.reconstruct([self.codebook.lookup(c) for c in codes]).clamp(-1, 1)
+
+    def single_level(self, side):
+        """
+        AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code): a new model with the encoders
+        down to that grid, the decoders from it upward, and connectors in front of them. To be fine-tuned.
+        The connectors start so that the model computes what ML does with the missing halves at zero (the release starts
+        them at random). Raises ValueError for a side that is not a level, or a model that is AugVAE-SL already.
+        """
+        if self.config.single_level:
+            raise ValueError(f"this model is AugVAE-SL already, on grid {self.config.single_level}")
+        if side not in self.config.levels:
+            raise ValueError(f"no grid of side {side}: the levels are {self.config.levels}")
+        model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)
+        level, depth = self.config.levels.index(side), len(model.decoders)
+        model.encoders.load_state_dict(self.encoders[:depth].state_dict())
+        decoders = nn.ModuleList(list(self.decoders)[-depth:])
+        model.decoders.load_state_dict(decoders.state_dict())
+        model.codebook.load_state_dict(self.codebook.state_dict())
+        with torch.no_grad():
+            for ours, theirs in ((model.pre_quant, self.pre_quant), (model.post_quant, self.post_quant)):
+                ours.weight.copy_(theirs.weight)
+                ours.bias.copy_(theirs.bias[level:level + 1])
+            z = self.config.z_channels
+            for i, connector in enumerate(model.connectors):
+                # cat(this level, coarser decoder): the first has the level alone, every other one the decoder alone
+                start = 0 if i == 0 else z
+                nn.init.zeros_(connector.weight)
+                nn.init.zeros_(connector.bias)
+                connector.weight[start:start + z, :, 0, 0] = torch.eye(z)
+        return model

@@ -1,0 +1,587 @@
+"""
+Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, through one loop.
+
+On a laptop, all three stages on the built-in scenes:
+$ python train.py
+
+On your own captioned pictures, in the MS-COCO layout:
+$ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
+
+On 8 GPUs, one stage:
+$ torchrun --nproc_per_node=8 train.py --preset released --stage augvae_ml --data coco ...
+
+A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
+(pictures as training goes), tokenizer.json. sample.py reads it.
+"""
+import argparse
+import contextlib
+import csv
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import math
+import os
+import re
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+from augvae import AugVAE, AugVAEConfig
+from biart import BiART, BiARTConfig
+from data import DataConfig
+from tokenizer import Tokenizer
+
+STAGES = ("augvae_ml", "augvae_sl", "biart")
+
+
+@dataclass
+class TrainConfig:
+    stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
+    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px pictures), released (256 px, GPUs)
+    out_dir: str = "out"  # where the run lives
+    resume: bool = False  # go on with the run in out_dir
+    overwrite: bool = False  # start anew over the run in out_dir
+    seed: int = 1337
+    batch_size: int = 8  # images per rank and micro-step
+    gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
+    max_iters: int = 100000  # optimizer steps of a stage
+    learning_rate: float = 1e-4  # after warm-up
+    min_lr: float = 1e-6  # at the end of the cosine decay
+    warmup_iters: int = 100
+    weight_decay: float = 1e-5  # on weights of two and more dimensions
+    beta1: float = 0.9
+    beta2: float = 0.999
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    loss: str = "l2"  # AugVAE's pixel loss: l2 or l1
+    token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
+    vocab_size: int = 8192  # largest text vocabulary to train
+    eval_interval: int = 1000  # steps between validation, pictures and checkpoint
+    eval_images: int = 256  # validation images, spread over the validation set
+    log_interval: int = 10  # steps between log lines
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
+    dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
+    compile: bool = False  # torch.compile the model
+
+
+# What a preset sets: under "" for every stage, then for one.
+PRESETS = {
+    "tiny": {
+        "": dict(image_size=64, levels=(8, 4, 2), hidden=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, n_groups=8,
+                 z_channels=64, codebook_size=512, codebook_dim=32, token_grid=8, crop_scale=1.0,
+                 n_layer=6, n_head=6, n_embd=192, n_text=24, vocab_size=512, n_scenes=12288,
+                 eval_interval=100, log_interval=10),
+        "augvae_ml": dict(batch_size=16, max_iters=300, learning_rate=2e-3, min_lr=2e-5, warmup_iters=20, beta2=0.99),
+        "augvae_sl": dict(batch_size=16, max_iters=600, learning_rate=2e-3, min_lr=2e-5, warmup_iters=20, beta2=0.99),
+        "biart": dict(batch_size=64, max_iters=800, learning_rate=1e-3, min_lr=1e-5, warmup_iters=50, beta2=0.99,
+                      weight_decay=0.1),
+    },
+    "small": {},
+    "released": {},
+}
+
+
+# -----------------------------------------------------------------------------
+# Settings: one command line, made from the fields of the dataclasses
+
+class Parser(argparse.ArgumentParser):
+    """`--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the result."""
+
+    def __init__(self, classes, defaults, **kwargs):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        for cls in classes:
+            group = self.add_argument_group(cls.__name__)
+            comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+            for f in dataclasses.fields(cls):
+                if f.metadata.get("derived"):
+                    continue
+                note = f"{comments.get(f.name, '')} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
+                bare = dict(nargs="?", const=True) if f.type is bool else {}
+                group.add_argument(f"--{f.name}", type=readers.get(f.type, int_tuple), default=argparse.SUPPRESS,
+                                   metavar=getattr(f.type, "__name__", "ints"), help=note.strip(), **bare)
+
+    def settings(self, argv):
+        """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            names = sorted(s for a in self._actions for s in a.option_strings)
+            name = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unknown setting {unknown[0]}{hint}; valid are {' '.join(names)}")
+        return vars(found)
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def int_tuple(text):
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
+
+
+readers = {int: int, float: float, str: str, bool: true_or_false}
+
+
+def preset_values(preset, stage):
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r} is none of: {', '.join(PRESETS)}")
+    return {**PRESETS[preset].get("", {}), **PRESETS[preset].get(stage, {})}
+
+
+def configure(given, stage, *classes):
+    """Settings of one stage, as one instance of each class: the class's defaults < the preset's < what was given."""
+    values = {**preset_values(given.get("preset", TrainConfig.preset), stage), **given}
+    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in classes]
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+def save_checkpoint(path, checkpoint):
+    """Write a dict of tensors and plain values; the file appears whole or not at all."""
+    part = f"{path}.part"
+    try:
+        with open(part, "wb") as f:
+            torch.save(checkpoint, f)
+            f.flush()
+            os.fsync(f.fileno())
+    except (OSError, RuntimeError) as e:
+        raise OSError(f"{path} could not be written ({e}); what was there before is untouched") from None
+    os.replace(part, path)
+
+
+def load_checkpoint(path, stage):
+    """
+    The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
+    Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it") from None
+    except Exception as e:  # a broken file fails in many ways: zip, pickle, end of file, ...
+        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
+    if not isinstance(checkpoint, dict) or "stage" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if checkpoint["stage"] != stage:
+        raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
+    return checkpoint
+
+
+def restore(cls, config_cls, checkpoint):
+    """A model as a checkpoint describes it, in eval mode on the CPU."""
+    model = cls(config_cls(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def fingerprint(model):
+    """Short hash of all weights, by which a checkpoint names the model it belongs to."""
+    h = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        h.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# Where and how to compute
+
+class Context:
+    """Device, precision and the place of this process among all that torchrun started."""
+
+    def __init__(self, device="auto", dtype="auto", wide=True):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cuda" and self.world > 1:
+            device = f"cuda:{os.environ['LOCAL_RANK']}"
+        try:
+            self.device = torch.device(device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"--device {device!r} cannot be used here ({str(e).splitlines()[0]})") from None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if dtype == "auto":
+            if self.device.type == "cuda":
+                dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            else:  # autocast's casts cost small models more than the faster products bring
+                dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ValueError(f"--dtype {dtype!r} is none of: auto, float32, bfloat16, float16")
+        self.dtype = getattr(torch, dtype)
+
+    def autocast(self):
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def sum(self, tensor):
+        """Add a tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def say(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+
+def cpu_flags():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line.split() for line in f if line.startswith("flags")), [])
+    except OSError:
+        return []
+
+
+# -----------------------------------------------------------------------------
+# Stages: what the one loop below trains
+
+class AugVAEObjective(nn.Module):
+    """Pixel loss + commitment. forward((images,)) -> loss, {part: value}."""
+    parts = ("pixel", "commit", "codebook_use", "perplexity")
+
+    def __init__(self, vae, loss):
+        super().__init__()
+        losses = {"l2": F.mse_loss, "l1": F.l1_loss}
+        if loss not in losses:
+            raise ValueError(f"--loss {loss!r} is none of: {', '.join(losses)}")
+        self.model, self.pixel_loss = vae, losses[loss]
+
+    def forward(self, images):
+        reconstruction, commitment, _ = self.model(images, collect=self.training)
+        pixel = self.pixel_loss(reconstruction.float(), images)
+        return pixel + commitment, {"pixel": pixel.detach(), "commit": commitment.detach()}
+
+    def after_step(self):
+        use, perplexity = self.model.codebook.update()
+        return {"codebook_use": use, "perplexity": perplexity}
+
+    def picture(self, images):
+        """Inputs over reconstructions."""
+        images = images[:8]
+        pairs = torch.cat([images, self.model.decode(self.model.encode(images))])
+        return data.contact_sheet([data.to_image(x) for x in pairs], columns=len(images))
+
+
+class BiARTObjective(nn.Module):
+    """Cross-entropy in both directions. forward((text, image codes, null)) -> loss, {part: value}."""
+    parts = ("t2i", "i2t")
+
+    def __init__(self, biart, vae, tokenizer):
+        super().__init__()
+        self.model, self.helpers = biart, (vae, tokenizer)  # a tuple, so that they are no submodules to be trained
+
+    def forward(self, text, image, null):
+        return self.model(text, image, null if self.training else None)
+
+    def after_step(self):
+        return {}
+
+    def picture(self, text, image, null):
+        """Captions under the images painted from them; then images over the captions given to them."""
+        vae, tokenizer = self.helpers
+        text, image = text[:8], image[:8]
+        painted = self.model.generate(text, "image")
+        said = self.model.generate(image, "text")
+        side = self.model.config.image_side
+        pixels = torch.cat([vae.decode([codes.view(-1, side, side)]) for codes in (painted, image)])
+        captions = [tokenizer.decode(ids.tolist()) for ids in torch.cat([text, said])]
+        return data.contact_sheet([data.to_image(x) for x in pixels], captions, columns=len(text))
+
+
+def prepare(stage, given, context):
+    """-> (objective, training view, validation view, what the checkpoint must say about its surroundings)."""
+    config, data_config = configure(given, stage, TrainConfig, DataConfig)
+    train_data, val_data = (data.open_data(data_config, split, config.seed) for split in ("train", "val"))
+
+    def earlier(name, cls):
+        """The AugVAE of an earlier stage, unless it contradicts what was asked for."""
+        path = os.path.join(config.out_dir, f"{name}.pt")
+        checkpoint = load_checkpoint(path, name)
+        for key, value in checkpoint["config"].items():
+            if given.get(key, value) != value:
+                raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
+        return restore(AugVAE, AugVAEConfig, checkpoint)
+
+    torch.manual_seed(config.seed)  # all ranks build the same model
+    if stage != "biart":
+        if stage == "augvae_ml":
+            vae = AugVAE(configure(given, stage, AugVAEConfig)[0])
+        else:
+            vae = earlier("augvae_ml", AugVAE).single_level(config.token_grid)
+        views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
+        return AugVAEObjective(vae, config.loss), *views, {}
+
+    vae = earlier("augvae_sl", AugVAE).to(context.device)
+    biart_config = configure(given, stage, BiARTConfig)[0]
+    path = os.path.join(config.out_dir, "tokenizer.json")
+    if config.resume and os.path.exists(path):
+        tokenizer = Tokenizer.load(path)
+    else:
+        began = time.time()
+        texts = [c for i in range(len(train_data)) for c in train_data.captions(i)]
+        tokenizer = Tokenizer.train(texts, config.vocab_size)
+        context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions in {time.time() - began:.1f} s")
+        if context.rank == 0:
+            tokenizer.save(path)
+    biart_config = dataclasses.replace(
+        biart_config, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
+        image_vocab=vae.config.codebook_size, image_side=vae.config.single_level)
+
+    @torch.no_grad()
+    def encode(images):
+        with context.autocast():
+            return vae.encode(images.to(context.device))[0].flatten(1)
+
+    views = []
+    for dataset, null_prob in ((train_data, biart_config.null_prob), (val_data, 0.0)):
+        codes = data.encode_images(dataset, encode, vae.config.image_size, context.rank, context.world)
+        codes = context.sum(codes.to(context.device)).cpu()
+        texts, first, cut = data.encode_captions(dataset, tokenizer, biart_config.n_text)
+        if cut:
+            context.say(f"warning: {cut:,} of {len(texts):,} captions are longer than --n_text {biart_config.n_text} "
+                        "and were cut")
+        views.append(data.Tokens(codes, texts, first, null_prob))
+    objective = BiARTObjective(BiART(biart_config), vae, tokenizer)
+    return objective, *views, {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+
+
+# -----------------------------------------------------------------------------
+# The loop
+
+def learning_rate_at(step, config):
+    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters."""
+    if step < config.warmup_iters:
+        return config.learning_rate * (step + 1) / config.warmup_iters
+    share = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
+    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def make_optimizer(model, config, context):
+    decay = [p for p in model.parameters() if p.dim() >= 2]
+    rest = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    context.say(f"{sum(p.numel() for p in decay):,} parameters with weight decay {config.weight_decay:g}, "
+                f"{sum(p.numel() for p in rest):,} without")
+    fused = dict(fused=True) if context.device.type == "cuda" else {}
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
+
+
+def train(stage, given):
+    """Run one stage from its beginning, or, with --resume, from its checkpoint, to max_iters."""
+    config = configure(given, stage, TrainConfig)[0]
+    path = os.path.join(config.out_dir, f"{stage}.pt")
+    saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
+    if os.path.exists(path) and not (config.resume or config.overwrite):
+        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out_dir keeps both")
+    context = Context(config.device, config.dtype, wide=config.preset != "tiny")
+    os.makedirs(config.out_dir, exist_ok=True)
+    if saved and saved["step"] >= config.max_iters:
+        context.say(f"{stage}: done already, {saved['step']} steps")
+        return
+
+    objective, train_view, val_view, surroundings = prepare(stage, given, context)
+    model = objective.model
+    objective.to(context.device)
+    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
+                f"training images, {context.world} x {config.batch_size} x {config.gradient_accumulation_steps} images "
+                f"a step, {context.device}, {str(context.dtype)[6:]}")
+    optimizer = make_optimizer(model, config, context)
+    scaler = torch.cuda.amp.GradScaler(enabled=context.dtype is torch.float16)
+    torch.manual_seed(config.seed + context.rank)
+    start = 0
+    if saved:
+        for key, value in surroundings.items():
+            if saved[key] != value:
+                raise ValueError(f"{path} belongs to another {key} than the one in {config.out_dir}")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        torch.set_rng_state(saved["rng"])
+        start = saved["step"]
+        context.say(f"resuming at step {start}")
+    wrapped = torch.compile(objective) if config.compile else objective
+    if context.world > 1:
+        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
+
+    micro = config.gradient_accumulation_steps
+    loader = data.batches(train_view, config.batch_size, config.seed, start * micro, context.rank, context.world,
+                          configure(given, stage, DataConfig)[0].workers)
+
+    def to_device(batch):
+        return [x.to(context.device, non_blocking=True) for x in batch]
+
+    per_rank = max(2, min(config.eval_images, len(val_view)) // context.world // 2 * 2)
+    indices = data.spread(len(val_view), per_rank * context.world)[context.rank::context.world]
+    val_batches = [torch.utils.data.default_collate([val_view.item(i, data.random.Random(i)) for i in part])
+                   for part in chunks(indices, min(per_rank, config.batch_size))]
+
+    @torch.no_grad()
+    def evaluate():
+        objective.eval()
+        total = torch.zeros(2, device=context.device)
+        for batch in val_batches:
+            with context.autocast():
+                loss, _ = objective(*to_device(batch))
+            total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * len(batch[0])
+        total = context.sum(total)
+        if context.rank == 0:
+            with context.autocast():
+                picture = objective.picture(*to_device(val_batches[0]))
+            picture.save(os.path.join(config.out_dir, f"{stage}_{step:06d}.png"))
+        objective.train()
+        return (total[0] / total[1]).item()
+
+    log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
+    objective.train()
+    began, spent, seen, step = time.time(), 0.0, 0, start
+    loss, parts = torch.tensor(float("nan")), {}
+    while True:
+        lr = learning_rate_at(step, config)
+        evaluating = step % config.eval_interval == 0 or step == config.max_iters
+        val_loss = evaluate() if evaluating else None
+        if context.rank == 0 and (evaluating or step % config.log_interval == 0):
+            parts = {k: float(v) for k, v in parts.items()}
+            rate = seen / spent if spent else 0.0
+            log.write(step, float(loss), val_loss, lr, rate, parts)
+            eta = (time.time() - began) / max(1, step - start) * (config.max_iters - step)
+            print(f"{stage} {step}/{config.max_iters} loss {float(loss):.4f} "
+                  + " ".join(f"{k} {v:.4g}" for k, v in parts.items())
+                  + (f" | val {val_loss:.4f}" if evaluating else "")
+                  + f" | lr {lr:.1e} | {rate:.0f} images/s | ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
+        if evaluating and context.rank == 0 and (step > start or not saved):
+            log.draw()
+            save_checkpoint(path, {
+                "stage": stage, "step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+                "val_loss": val_loss, "settings": dict(given), **surroundings})
+        if step == config.max_iters:
+            break
+
+        tick = time.time()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        for i in range(micro):
+            batch = to_device(next(loader))
+            last = i == micro - 1
+            with contextlib.nullcontext() if last or context.world == 1 else wrapped.no_sync():
+                with context.autocast():
+                    loss, parts = wrapped(*batch)
+                scaler.scale(loss / micro).backward()
+        scaler.unscale_(optimizer)
+        if config.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        loss, parts = loss.detach(), {**parts, **objective.after_step()}
+        step += 1
+        spent += time.time() - tick
+        seen += config.batch_size * micro * context.world
+    context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
+
+
+def chunks(items, n):
+    return [items[i:i + n] for i in range(0, len(items), n)]
+
+
+class Log:
+    """{stem}.csv, a row a logged step, and {stem}_loss.png, the curve drawn from it."""
+
+    def __init__(self, stem, parts, start):
+        self.stem, self.columns = stem, ["step", "loss", "val_loss", "lr", "images_per_s", *parts]
+        rows = [row for row in self.rows() if int(row["step"]) < start] if start else []
+        with open(f"{stem}.csv", "w", newline="") as f:
+            writer = csv.DictWriter(f, self.columns)
+            writer.writeheader()
+            writer.writerows(rows)
+
+    def rows(self):
+        if not os.path.exists(f"{self.stem}.csv"):
+            return []
+        with open(f"{self.stem}.csv", newline="") as f:
+            return list(csv.DictReader(f))
+
+    def write(self, step, loss, val_loss, lr, rate, parts):
+        with open(f"{self.stem}.csv", "a", newline="") as f:
+            csv.writer(f).writerow([step, f"{loss:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}",
+                                    f"{rate:.1f}", *(f"{parts[k]:.5g}" if k in parts else "" for k in self.columns[5:])])
+
+    def draw(self, width=640, height=360, margin=50):
+        """Training loss (grey) and validation loss (red) against steps, on a logarithmic scale."""
+        rows = self.rows()
+        curves = []
+        for name, colour in (("loss", (150, 150, 160)), ("val_loss", (214, 48, 49))):
+            points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
+            points = [(x, math.log10(y)) for x, y in points if y > 0 and math.isfinite(y)]
+            if points:
+                curves.append((name, colour, points))
+        if not curves:
+            return
+        xs, ys = zip(*(p for _, _, points in curves for p in points))
+        low, high, right = min(ys), max(max(ys), min(ys) + 1e-3), max(max(xs), 1)
+        scale = 3  # drawn larger and reduced, for smooth lines
+        image = Image.new("RGB", (width * scale, height * scale), "white")
+        draw = ImageDraw.Draw(image)
+        font = data.font(13 * scale)
+
+        def at(x, y):
+            return ((margin + x / right * (width - 1.5 * margin)) * scale,
+                    (height - margin - (y - low) / (high - low) * (height - 1.6 * margin)) * scale)
+
+        for i in range(5):
+            y = low + (high - low) * i / 4
+            draw.line([at(0, y), at(right, y)], fill=(225, 225, 225), width=scale)
+            draw.text((2 * scale, at(0, y)[1] - 8 * scale), f"{10 ** y:.3g}", fill="black", font=font)
+            x = round(right * i / 4)
+            draw.text((at(x, low)[0] - 10 * scale, (height - margin + 6) * scale), str(x), fill="black", font=font)
+        for i, (name, colour, points) in enumerate(curves):
+            draw.line([at(x, y) for x, y in points], fill=colour, width=2 * scale)
+            draw.text(((margin + 10 + 90 * i) * scale, 4 * scale), name, fill=colour, font=font)
+        draw.text(((width - 2 * margin) * scale, 4 * scale), os.path.basename(self.stem), fill="black", font=font)
+        image.reduce(scale).save(f"{self.stem}_loss.png")
+
+
+# -----------------------------------------------------------------------------
+
+def main(argv):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default=TrainConfig.preset)
+    first.add_argument("--stage", default=TrainConfig.stage)
+    seen, _ = first.parse_known_args(argv)
+    defaults = preset_values(seen.preset, seen.stage)
+    given = Parser((TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), defaults, description=__doc__).settings(argv)
+    stage = given.get("stage", "all")
+    if stage not in (*STAGES, "all"):
+        raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
+    for name in STAGES if stage == "all" else (stage,):
+        train(name, given)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, OSError) as error:
+        sys.exit(f"train.py: {error}")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
