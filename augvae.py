@@ -17,14 +17,13 @@ References:
 2) VQ-VAE, van den Oord et al. 2017, https://arxiv.org/abs/1711.00937: straight-through, commitment, EMA codebook.
 3) VQGAN, Esser et al. 2021, https://arxiv.org/abs/2012.09841: the residual encoder and decoder.
 """
-import math
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 
 @dataclass
@@ -41,7 +40,7 @@ class AugVAEConfig:
     ae_dropout: float = 0.0  # inside the residual blocks
     z_channels: int = 256  # channels between encoders, codebook and decoders
     codebook_size: int = 8192  # codes, shared by all levels
-    codebook_dim: int = 256
+    codebook_dim: int = 256  # length of a code
     commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
@@ -198,8 +197,6 @@ class TiedConv1x1(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 1, 1))
         self.bias = nn.Parameter(torch.empty(n_levels, out_channels))
-        nn.init.kaiming_uniform_(self.weight, a=math.sqrt(5))  # nn.Conv2d's own
-        nn.init.uniform_(self.bias, -in_channels ** -0.5, in_channels ** -0.5)
 
     def forward(self, x, level):
         return F.conv2d(x, self.weight, self.bias[level])
@@ -295,9 +292,11 @@ class Codebook(nn.Module):
             counts, sums, slots = flat.split([counts.numel(), sums.numel(), slots.numel()])
             sums, slots = sums.view(self.size, self.dim), slots.view(world, -1)
             keys, candidates = slots[:, :len(keys)].flatten(), slots[:, len(keys):].reshape(-1, self.dim)
+        # Young averages forget faster, so that the codes keep up with an encoder that still moves a lot.
+        decay = min(self.decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         self.updates += 1
-        self.cluster_size.lerp_(counts, 1 - self.decay)
-        self.embed_sum.lerp_(sums, 1 - self.decay)
+        self.cluster_size.lerp_(counts, 1 - decay)
+        self.embed_sum.lerp_(sums, 1 - decay)
         threshold = self.dead_below * counts.sum() / self.size
         dead = self.cluster_size < threshold
         best = keys.topk(min(self.max_revived, self.size, len(keys))).indices
@@ -344,9 +343,26 @@ class AugVAE(nn.Module):
             Decoder(widths[i], 3 if i == 0 else c.z_channels, mults[i], c) for i in reversed(range(depth)))
         self.connectors = nn.ModuleList(  # AugVAE-SL: there is nothing to concatenate, so a 1x1 widens what there is
             nn.Conv2d(c.z_channels, widths[i], 1) for i in reversed(range(depth))) if c.single_level else None
+        self.init_weights()
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions, on CPUs and on tensor cores
+
+    def init_weights(self):
+        """PyTorch's own for convolutions, except that residual branches start at zero: blocks begin as the identity."""
+        for module in self.modules():
+            if isinstance(module, ResBlock):
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
+            elif isinstance(module, Attention):
+                nn.init.zeros_(module.proj_out.weight)
+                nn.init.zeros_(module.proj_out.bias)
+            elif isinstance(module, TiedConv1x1):
+                bound = module.weight.shape[1] ** -0.5
+                nn.init.uniform_(module.weight, -bound, bound)
+                nn.init.uniform_(module.bias, -bound, bound)
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> the vectors to quantise, a list of (B, codebook_dim, h, w), finest first."""
+        images = images.contiguous(memory_format=torch.channels_last)
         pyramid = []
         for encoder in self.encoders:
             images = encoder(images)

@@ -18,8 +18,8 @@ import math
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
 REF, GEN = 0, 1
 OTHER = {"text": "image", "image": "text"}
@@ -33,10 +33,10 @@ def derived(default):
 @dataclass
 class BiARTConfig:
     """The defaults are the released size, over CLIP's vocabulary and the 32x32 grid of AugVAE-SL."""
-    n_layer: int = 24
-    n_head: int = 16
-    n_embd: int = 1024
-    dropout: float = 0.0
+    n_layer: int = 24  # transformer blocks
+    n_head: int = 16  # attention heads
+    n_embd: int = 1024  # channels of the residual stream
+    dropout: float = 0.0  # of embeddings, attention and residual branches
     n_text: int = 64  # text tokens in a sequence, end and padding included
     positions: str = "modality"  # modality (text: index; image: row + column) or sequence (published: absolute)
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance

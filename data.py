@@ -40,7 +40,7 @@ class DataConfig:
 # -----------------------------------------------------------------------------
 # Built-in scenes: two things, each with a size, a colour and a shape, and the relation of the first to the second
 
-SIZES = {"small": 6, "large": 11}  # radius, pixels
+SIZES = {"small": 7, "large": 12}  # radius, pixels
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 216),
            "yellow": (245, 203, 32), "purple": (142, 68, 173), "black": (45, 52, 54)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -54,7 +54,7 @@ HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small",
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
 SCENE_SIDE = 64  # pixels
 BACKGROUND = (250, 248, 242)
-JITTER = 3  # pixels that a thing may lie off its place, each way
+JITTER = 2  # pixels that a thing may lie off its place, each way
 
 
 def outline(shape, x, y, r):
@@ -65,7 +65,7 @@ def outline(shape, x, y, r):
     if shape == "triangle":
         return [(x, y - r), (x + r, y + 0.86 * r), (x - r, y + 0.86 * r)]
     if shape == "cross":
-        a = 0.38 * r
+        a = 0.3 * r
         quarter = [(a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r)]
         return [(x + p, y + q) for p, q in quarter] + [(x - p, y - q) for p, q in quarter]
 
@@ -98,17 +98,17 @@ def paraphrases(first, second, relation, rng):
 
 
 class Scenes:
-    """Scene i of split `train`, `val` or `heldout` is a pure function of (seed, split, i)."""
+    """Scene i of split `train`, `val` or `heldout` is a pure function of (split, i)."""
 
-    def __init__(self, split, n, seed=0):
-        self.split, self.n, self.seed = split, n, seed
+    def __init__(self, split, n):
+        self.split, self.n = split, n
 
     def __len__(self):
         return self.n
 
     def scene(self, i):
         """-> (first thing, second thing, relation, centres, captions)"""
-        rng = random.Random(f"scene {self.seed} {self.split} {i}")
+        rng = random.Random(f"scene {self.split} {i}")
         while True:
             first, second = ((rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(2))
             if bool({first, second} & HELD_OUT) == (self.split == "heldout"):
@@ -274,10 +274,31 @@ class CocoCaptions:
         return self.items[i][1]
 
 
-def open_data(config, split, seed=0):
+class Part:
+    """Some items of a data set, as a data set."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def image(self, i):
+        return self.dataset.image(self.indices[i])
+
+    def captions(self, i):
+        return self.dataset.captions(self.indices[i])
+
+
+def spread(dataset, count):
+    """`count` items (or all, if fewer) spread at random over a data set, the same every time: what validation reads."""
+    return Part(dataset, np.random.RandomState(0).permutation(len(dataset))[:count].tolist())
+
+
+def open_data(config, split):
     """DataConfig and `train`, `val` (or, for scenes, `heldout`) -> a data set."""
     if config.data == "scenes":
-        return Scenes(split, config.n_scenes if split == "train" else 1024, seed)
+        return Scenes(split, config.n_scenes if split == "train" else 1024)
     if config.data == "coco":
         folder, captions = getattr(config, f"{split}_dir"), getattr(config, f"{split}_captions")
         if not folder or not captions:
@@ -418,11 +439,6 @@ def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0):
                                             pin_memory=torch.cuda.is_available()))
 
 
-def spread(n, count, seed=0):
-    """`count` (at most n) indices spread at random over range(n), the same every time: validation reads these."""
-    return np.random.RandomState(seed).permutation(n)[:count].tolist()
-
-
 # -----------------------------------------------------------------------------
 # Drawing
 
@@ -431,9 +447,16 @@ def to_image(x):
     return Image.fromarray(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
 
 
+def font(size):
+    """Pillow's own font; before Pillow 10.1 it has one size only."""
+    try:
+        return ImageFont.load_default(size=size)
+    except TypeError:
+        return ImageFont.load_default()
+
+
 def contact_sheet(images, captions=None, columns=8, side=128):
     """PIL images, and a text under each or None -> one PIL image, `columns` wide, every picture `side` pixels."""
-    font = ImageFont.load_default(size=12) if hasattr(ImageFont, "FreeTypeFont") else ImageFont.load_default()
     rows = [textwrap.wrap(c, width=max(8, side // 6)) for c in captions] if captions else [[] for _ in images]
     text = 15 * max(len(r) for r in rows) + (4 if captions else 0)
     columns = min(columns, len(images))
@@ -443,5 +466,5 @@ def contact_sheet(images, captions=None, columns=8, side=128):
         x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + text + 6)
         sheet.paste(image.resize((side, side), Image.NEAREST if image.width < side else Image.LANCZOS), (x, y))
         for j, line in enumerate(lines):
-            draw.text((x, y + side + 2 + 15 * j), line, fill="black", font=font)
+            draw.text((x, y + side + 2 + 15 * j), line, fill="black", font=font(12))
     return sheet

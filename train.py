@@ -22,6 +22,7 @@ import hashlib
 import inspect
 import math
 import os
+import random
 import re
 import sys
 import time
@@ -29,9 +30,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
@@ -50,16 +51,16 @@ class TrainConfig:
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
-    seed: int = 1337
+    seed: int = 1337  # of initial weights, order and crops
     batch_size: int = 8  # images per rank and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     max_iters: int = 100000  # optimizer steps of a stage
     learning_rate: float = 1e-4  # after warm-up
     min_lr: float = 1e-6  # at the end of the cosine decay
-    warmup_iters: int = 100
+    warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 1e-5  # on weights of two and more dimensions
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
     loss: str = "l2"  # AugVAE's pixel loss: l2 or l1
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
@@ -75,17 +76,31 @@ class TrainConfig:
 # What a preset sets: under "" for every stage, then for one.
 PRESETS = {
     "tiny": {
-        "": dict(image_size=64, levels=(8, 4, 2), hidden=16, ch_mult=(1, 2, 4, 4), n_res_blocks=1, n_groups=8,
-                 z_channels=64, codebook_size=512, codebook_dim=32, token_grid=8, crop_scale=1.0,
-                 n_layer=6, n_head=6, n_embd=192, n_text=24, vocab_size=512, n_scenes=12288,
-                 eval_interval=100, log_interval=10),
-        "augvae_ml": dict(batch_size=16, max_iters=300, learning_rate=2e-3, min_lr=2e-5, warmup_iters=20, beta2=0.99),
-        "augvae_sl": dict(batch_size=16, max_iters=600, learning_rate=2e-3, min_lr=2e-5, warmup_iters=20, beta2=0.99),
-        "biart": dict(batch_size=64, max_iters=800, learning_rate=1e-3, min_lr=1e-5, warmup_iters=50, beta2=0.99,
-                      weight_decay=0.1),
+        "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 16, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
+             "n_groups": 8, "z_channels": 64, "codebook_size": 512, "codebook_dim": 32, "token_grid": 8,
+             "n_layer": 6, "n_head": 6, "n_embd": 192, "n_text": 24, "vocab_size": 512,
+             "n_scenes": 12288, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
+        "augvae_ml": {"batch_size": 16, "max_iters": 300, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 16, "max_iters": 600, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "biart": {"batch_size": 64, "max_iters": 800, "learning_rate": 1e-3, "min_lr": 1e-5, "warmup_iters": 50,
+                  "weight_decay": 0.1},
     },
-    "small": {},
-    "released": {},
+    "small": {
+        "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
+             "n_groups": 8, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 64, "token_grid": 8,
+             "n_layer": 6, "n_head": 8, "n_embd": 256, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
+             "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
+        "augvae_ml": {"batch_size": 8, "max_iters": 600, "learning_rate": 1e-3, "min_lr": 1e-5},
+        "augvae_sl": {"batch_size": 8, "max_iters": 1200, "learning_rate": 1e-3, "min_lr": 1e-5},
+        "biart": {"batch_size": 32, "max_iters": 1500, "learning_rate": 1e-3, "min_lr": 1e-5, "weight_decay": 0.1},
+    },
+    "released": {
+        "": {"vocab_size": 49408, "warmup_iters": 2000},
+        "augvae_ml": {"batch_size": 4, "max_iters": 300000},
+        "augvae_sl": {"batch_size": 8, "max_iters": 100000},
+        "biart": {"batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
+                  "beta2": 0.95},
+    },
 }
 
 
@@ -99,12 +114,12 @@ class Parser(argparse.ArgumentParser):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
         for cls in classes:
             group = self.add_argument_group(cls.__name__)
-            comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.M))
+            comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
             for f in dataclasses.fields(cls):
                 if f.metadata.get("derived"):
                     continue
                 note = f"{comments.get(f.name, '')} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
-                bare = dict(nargs="?", const=True) if f.type is bool else {}
+                bare = {"nargs": "?", "const": True} if f.type is bool else {}
                 group.add_argument(f"--{f.name}", type=readers.get(f.type, int_tuple), default=argparse.SUPPRESS,
                                    metavar=getattr(f.type, "__name__", "ints"), help=note.strip(), **bare)
 
@@ -173,7 +188,7 @@ def load_checkpoint(path, stage):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it") from None
-    except Exception as e:  # a broken file fails in many ways: zip, pickle, end of file, ...
+    except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
         raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
     if not isinstance(checkpoint, dict) or "stage" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project")
@@ -203,8 +218,8 @@ def fingerprint(model):
 class Context:
     """Device, precision and the place of this process among all that torchrun started."""
 
-    def __init__(self, device="auto", dtype="auto", wide=True):
-        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    def __init__(self, device, dtype, wide):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if device == "cuda" and self.world > 1:
@@ -222,11 +237,20 @@ class Context:
         if dtype == "auto":
             if self.device.type == "cuda":
                 dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-            else:  # autocast's casts cost small models more than the faster products bring
+            else:  # autocast's casts cost a small model more than its products gain
                 dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {dtype!r} is none of: auto, float32, bfloat16, float16")
+        if dtype == "float16" and self.device.type == "cpu":
+            raise ValueError("--dtype float16 needs a GPU: on a CPU it is float32 or bfloat16")
         self.dtype = getattr(torch, dtype)
+
+    def scaler(self):
+        """Loss scaling, which float16 needs; it does nothing for other types."""
+        enabled = self.dtype is torch.float16
+        if hasattr(torch.amp, "GradScaler"):  # from torch 2.3 on
+            return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        return torch.cuda.amp.GradScaler(enabled=enabled)
 
     def autocast(self):
         if self.dtype is torch.float32:
@@ -311,7 +335,8 @@ class BiARTObjective(nn.Module):
 def prepare(stage, given, context):
     """-> (objective, training view, validation view, what the checkpoint must say about its surroundings)."""
     config, data_config = configure(given, stage, TrainConfig, DataConfig)
-    train_data, val_data = (data.open_data(data_config, split, config.seed) for split in ("train", "val"))
+    train_data, val_data = (data.open_data(data_config, split) for split in ("train", "val"))
+    val_data = data.spread(val_data, config.eval_images)
 
     def earlier(name, cls):
         """The AugVAE of an earlier stage, unless it contradicts what was asked for."""
@@ -382,7 +407,7 @@ def make_optimizer(model, config, context):
     groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
     context.say(f"{sum(p.numel() for p in decay):,} parameters with weight decay {config.weight_decay:g}, "
                 f"{sum(p.numel() for p in rest):,} without")
-    fused = dict(fused=True) if context.device.type == "cuda" else {}
+    fused = {"fused": True} if context.device.type == "cuda" else {}
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
 
 
@@ -391,9 +416,9 @@ def train(stage, given):
     config = configure(given, stage, TrainConfig)[0]
     path = os.path.join(config.out_dir, f"{stage}.pt")
     saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
-    if os.path.exists(path) and not (config.resume or config.overwrite):
-        raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, --out_dir keeps both")
-    context = Context(config.device, config.dtype, wide=config.preset != "tiny")
+    vae_config, biart_config = configure(given, stage, AugVAEConfig, BiARTConfig)
+    wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
+    context = Context(config.device, config.dtype, wide)
     os.makedirs(config.out_dir, exist_ok=True)
     if saved and saved["step"] >= config.max_iters:
         context.say(f"{stage}: done already, {saved['step']} steps")
@@ -406,7 +431,7 @@ def train(stage, given):
                 f"training images, {context.world} x {config.batch_size} x {config.gradient_accumulation_steps} images "
                 f"a step, {context.device}, {str(context.dtype)[6:]}")
     optimizer = make_optimizer(model, config, context)
-    scaler = torch.cuda.amp.GradScaler(enabled=context.dtype is torch.float16)
+    scaler = context.scaler()
     torch.manual_seed(config.seed + context.rank)
     start = 0
     if saved:
@@ -430,10 +455,9 @@ def train(stage, given):
     def to_device(batch):
         return [x.to(context.device, non_blocking=True) for x in batch]
 
-    per_rank = max(2, min(config.eval_images, len(val_view)) // context.world // 2 * 2)
-    indices = data.spread(len(val_view), per_rank * context.world)[context.rank::context.world]
-    val_batches = [torch.utils.data.default_collate([val_view.item(i, data.random.Random(i)) for i in part])
-                   for part in chunks(indices, min(per_rank, config.batch_size))]
+    mine = [val_view.item(i, random.Random(i)) for i in range(context.rank, len(val_view), context.world)]
+    val_batches = [torch.utils.data.default_collate(mine[i:i + config.batch_size])
+                   for i in range(0, len(mine), config.batch_size)]
 
     @torch.no_grad()
     def evaluate():
@@ -498,10 +522,6 @@ def train(stage, given):
         spent += time.time() - tick
         seen += config.batch_size * micro * context.world
     context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
-
-
-def chunks(items, n):
-    return [items[i:i + n] for i in range(0, len(items), n)]
 
 
 class Log:
@@ -573,7 +593,15 @@ def main(argv):
     stage = given.get("stage", "all")
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
-    for name in STAGES if stage == "all" else (stage,):
+    stages = STAGES if stage == "all" else (stage,)
+    config = configure(given, stage, TrainConfig)[0]
+    there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
+    if there and not (config.resume or config.overwrite):
+        raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
+                         "keeps both")
+    if config.resume and not there:
+        raise ValueError(f"--resume finds no checkpoint of {' or '.join(stages)} in {config.out_dir}")
+    for name in stages:
         train(name, given)
 
 

@@ -1,0 +1,1146 @@
+"""
+Tests, by file and in the order of the pipeline: tokenizer, data, augvae, biart, train, sample.
+
+$ pytest -q
+
+They compare with brute force, with a reference, or with the long way round; the last ones run the real commands.
+"""
+import csv
+import dataclasses
+import gzip
+import json
+import math
+import os
+import pickle
+import random
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+import data
+import sample as sample_module
+import tokenizer as tokenizer_module
+import train
+from augvae import AugVAE, AugVAEConfig, Codebook, Upsample, codebook_use
+from biart import BiART, BiARTConfig, sample
+from data import DataConfig
+from tokenizer import Tokenizer
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+
+# -----------------------------------------------------------------------------
+# tokenizer.py
+
+TOK_TEXTS = [
+    "A young boy in the park is throwing a frisbee, and the dog's catching it.\n",
+    "Two dogs play in the park; they've seen 3 other dogs and 12 birds there!\n",
+    "it's a dog, isn't it? the dogs aren't in the snow_park  today...\r\n",
+    "banana bananas aaaaaaa anananana  \t\n",
+    "naïve café — déjà vu, كلب يلعب في الحديقة 犬が公園で遊ぶ 👩‍👩‍👧‍👦👍🏽\n",
+]
+
+TOK_HARD_TEXTS = [
+    "", " ", "   ", "\n", "\r\n", "one\r\ntwo\rthree\n\nfour", " leading and trailing  ",
+    "tab\tand\x0bothers\x85\u3000.", "\u2028\u2029 \u200b", "\x00", "a\x00b\x01\x1c\x1f\x7f",
+    "👩‍👩‍👧‍👦 👍🏽🇮🇳", "ٱلْعَرَبِيَّة لغة", "日本語のキャプション",
+    "\u0301", "a\u0301\u0327 \u0345", "\u200d\ufeff\u202e",
+    "\ue000\uffff\U0010ffff", "Ⅷ ½ ² 3½ ٣", "1234567890 12,345.67", "under_score __init__ _",
+    "don't DON'T 'tis ''", "<|endoftext|> <end> <pad> </w>", "x" * 500,
+]
+
+# from /work/shared/golden/clip_bpe.json: what OpenAI's CLIP tokenizer gives, without start and end tokens
+TOK_CLIP_GOLDEN = [
+    ("A young boy in the park throwing a frisbee.", [320, 1888, 1876, 530, 518, 1452, 9734, 320, 45768, 269]),
+    ("it's the dog's ball, isn't it? they've seen 3 dogs; we'll go",
+     [585, 568, 518, 1929, 568, 1069, 267, 2923, 713, 585, 286, 889, 1200, 2041, 274, 3255, 282, 649,
+      1342, 861]),
+    ("  Mixed   CASE\twith\nwhitespace ", [6780, 2068, 593, 4699, 2138]),
+    ("naïve café — déjà vu", [1097, 35689, 563, 15304, 2005, 25466, 73, 21259, 13230]),
+    ("日本語のキャプション",
+     [39121, 44353, 34002, 252, 21575, 47121, 2429, 96, 2429, 245, 37665, 2429, 100, 26875]),
+    ("Ⅷ ½ ² 3½ cups of 東京 タワー",
+     [158, 227, 371, 33613, 41175, 274, 33613, 11463, 539, 48338, 21078, 361, 34941, 2429, 107, 30391]),
+    ("under_score __init__ a_b", [1798, 318, 4431, 3838, 42670, 3838, 320, 318, 321]),
+    ("1234567890 12,345.67",
+     [272, 273, 274, 275, 276, 277, 278, 279, 280, 271, 272, 273, 267, 274, 275, 276, 269, 277, 278]),
+    ("don't DON'T Don'T", [847, 713, 847, 713, 847, 713]),
+    ("aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+     [23126, 23126, 23126, 23126, 23126, 23126, 23126, 23126, 44413]),
+    ("ٱلْعَرَبِيَّة हिन्दी ไทย",
+     [149, 109, 37899, 149, 496, 148, 373, 149, 492, 24933, 149, 492, 35330, 149, 494, 23853, 149, 236,
+      149, 495, 20915, 29446, 26721, 26090, 19389, 29552, 25751, 31718, 245, 33091]),
+    ("<|startoftext|>hello<|endoftext|>", [49406, 3306, 49407]),
+    ("", []),
+]
+
+
+def tok_trained(vocab_size=300):
+    return Tokenizer.train(TOK_TEXTS, vocab_size)
+
+
+def tok_clip():
+    here = os.path.dirname(os.path.abspath(tokenizer_module.__file__))
+    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(
+        here, "..", "shared", "data", "clip", "bpe_simple_vocab_16e6.txt.gz")
+    if not os.path.exists(path):
+        pytest.skip(f"CLIP's merge list is not at {path} (set LVERSE_CLIP_BPE)")
+    return Tokenizer.from_clip(path)
+
+
+def tok_random_text(rng):
+    """Any Unicode text: mostly from a few busy blocks, sometimes from anywhere."""
+    blocks = [(0, 0x80), (0x20, 0x7f), (0x80, 0x250), (0x300, 0x370), (0x600, 0x700), (0x2000, 0x2070),
+              (0x4e00, 0x4e40), (0x1f300, 0x1f650), (0, 0x110000)]
+    text = ""
+    for _ in range(rng.randrange(8)):
+        start, stop = rng.choice(blocks)
+        text += "".join(chr(rng.randrange(start, stop)) for _ in range(rng.randrange(8)))
+    return "".join(c for c in text if not 0xd800 <= ord(c) < 0xe000)
+
+
+def tok_merge_everywhere(ids, pair, new_id):
+    out, i = [], 0
+    while i < len(ids):
+        found = tuple(ids[i:i + 2]) == pair
+        out.append(new_id if found else ids[i])
+        i += 2 if found else 1
+    return out
+
+
+def tok_brute_force_train(texts, vocab_size):
+    """Counts everything again after every merge."""
+    pattern = tokenizer_module.trained_pattern()
+    words = [list(word.encode()) for text in texts for word in pattern.findall(text)]
+    merges = []
+    while len(merges) < vocab_size - 258:
+        counts = Counter((word[i], word[i + 1]) for word in words for i in range(len(word) - 1))
+        pair = min(counts, key=lambda p: (-counts[p], p), default=None)
+        if pair is None or counts[pair] < 2:
+            break
+        words = [tok_merge_everywhere(word, pair, 256 + len(merges)) for word in words]
+        merges.append(pair)
+    return merges
+
+
+def test_tokenizer_docstring_example():
+    tok = Tokenizer.train(["low lower lowest slow"], vocab_size=261)
+    assert tok.merges == [(108, 111), (256, 119), (32, 257)]
+    assert tok.encode("low lower") == [257, 258, 101, 114]
+    assert (len(tok), tok.end, tok.pad) == (261, 259, 260)
+
+
+@pytest.mark.parametrize("text", TOK_TEXTS + TOK_HARD_TEXTS, ids=ascii)
+def test_tokenizer_round_trip(text):
+    for tok in (Tokenizer.train([], 258), tok_trained()):
+        ids = tok.encode(text)
+        assert tok.decode(ids) == text
+        assert all(0 <= i < tok.end for i in ids)
+
+
+def test_tokenizer_round_trip_random_unicode():
+    rng = random.Random(0)
+    tok = tok_trained()
+    for _ in range(500):
+        text = tok_random_text(rng)
+        assert "".join(tok.pattern.findall(text)) == text
+        assert tok.decode(tok.encode(text)) == text
+
+
+def test_tokenizer_words():
+    words = tokenizer_module.trained_pattern().findall("It's  2 late_\n in 2024,\t\tthey said...")
+    assert words == ["It", "'s", " ", " 2", " late", "_", "\n", " in", " 2", "0", "2", "4", ",",
+                     "\t", "\t", "they", " said", "..."]
+
+
+@pytest.mark.parametrize("vocab_size", [258, 259, 300, 10000])
+def test_tokenizer_training_equals_brute_force(vocab_size):
+    assert Tokenizer.train(TOK_TEXTS, vocab_size).merges == tok_brute_force_train(TOK_TEXTS, vocab_size)
+
+
+def test_tokenizer_training_equals_brute_force_on_repetitive_text():
+    # few letters and long runs: overlapping pairs, equal counts, one word hit many times by one merge
+    rng = random.Random(1)
+    for _ in range(20):
+        texts = ["".join(rng.choice("aab ") for _ in range(rng.randrange(1, 200))) for _ in range(4)]
+        assert Tokenizer.train(texts, 500).merges == tok_brute_force_train(texts, 500)
+
+
+def test_tokenizer_training_stops_early():
+    assert len(Tokenizer.train([], 1000)) == 258
+    assert len(Tokenizer.train(["abc"], 1000)) == 258
+    assert len(Tokenizer.train(["abc abc"], 1000)) == 258 + 2
+    assert len(Tokenizer.train(TOK_TEXTS, 300)) == 300
+
+
+def test_tokenizer_training_ignores_order():
+    assert Tokenizer.train(TOK_TEXTS, 350).merges == Tokenizer.train(iter(TOK_TEXTS[::-1]), 350).merges
+
+
+def test_tokenizer_encode_equals_brute_force():
+    rng = random.Random(2)
+    tok = tok_trained(10000)
+    vocabulary = [word for text in TOK_TEXTS for word in text.split()]
+    for _ in range(200):
+        text = " ".join(rng.choices(vocabulary, k=5)) + "".join(rng.choices("abn ", k=30))
+        text += tok_random_text(rng)
+        expected = []
+        for word in tok.pattern.findall(text):
+            ids = list(word.encode())
+            for new_id, pair in enumerate(tok.merges, 256):
+                ids = tok_merge_everywhere(ids, pair, new_id)
+            expected += ids
+        assert tok.encode(text) == expected
+
+
+def test_tokenizer_cache_is_bounded(monkeypatch):
+    tok = tok_trained()
+    expected = tok.encode(TOK_TEXTS[0])
+    monkeypatch.setattr(tokenizer_module, "CACHE_WORDS", 3)
+    tok.cache.clear()
+    assert tok.encode(TOK_TEXTS[0]) == expected
+    assert len(tok.cache) <= 3
+
+
+def test_tokenizer_bad_vocab_size():
+    for vocab_size in (257, 0, -1):
+        with pytest.raises(ValueError, match=f"{vocab_size}.*258"):
+            Tokenizer.train(TOK_TEXTS, vocab_size)
+    with pytest.raises(TypeError):
+        Tokenizer.train("one string", 300)
+
+
+def test_tokenizer_decode_special_and_bad_ids():
+    tok = tok_trained()
+    ids = tok.encode("the dog")
+    assert tok.decode([tok.pad] + ids + [tok.end, tok.pad]) == "the dog"
+    assert tok.decode([]) == ""
+    assert tok.decode([0xc3]) == "\ufffd"  # half a character
+    for bad in (-1, len(tok)):
+        with pytest.raises(ValueError, match=f"{bad}.*{len(tok) - 1}"):
+            tok.decode([bad])
+
+
+def test_tokenizer_encode_refuses_lone_surrogates():
+    with pytest.raises(ValueError):
+        tok_trained().encode("a\ud800")
+
+
+def test_tokenizer_encode_padded():
+    tok = tok_trained()
+    ids = tok.encode("the dog's in the snow")
+    n = len(ids)
+    assert tok.encode_padded("the dog's in the snow", n + 3) == (ids + [tok.end, tok.pad, tok.pad], False)
+    assert tok.encode_padded("the dog's in the snow", n + 1) == (ids + [tok.end], False)
+    assert tok.encode_padded("the dog's in the snow", n) == (ids[:-1] + [tok.end], True)
+    assert tok.encode_padded("the dog's in the snow", 1) == ([tok.end], True)
+    assert tok.encode_padded("", 1) == ([tok.end], False)
+    with pytest.raises(ValueError, match="0"):
+        tok.encode_padded("", 0)
+
+
+def test_tokenizer_save_load_fingerprint(tmp_path):
+    tok = tok_trained()
+    path = tmp_path / "tok.json"
+    path.write_text("an older file is replaced")
+    tok.save(path)
+    assert os.listdir(tmp_path) == ["tok.json"]  # the temporary file is gone
+    again = Tokenizer.load(str(path))
+    assert (again.merges, len(again), again.end, again.pad) == (tok.merges, len(tok), tok.end, tok.pad)
+    assert again.encode(TOK_TEXTS[4]) == tok.encode(TOK_TEXTS[4])
+    assert again.fingerprint() == tok.fingerprint() == tok_trained().fingerprint()
+    others = [tok_trained(299), Tokenizer.train(TOK_TEXTS[1:], 300), Tokenizer.train([], 258)]
+    others += [Tokenizer("clip", [])]  # no merges either, but other bytes
+    assert len({t.fingerprint() for t in [tok, *others]}) == 5
+
+
+def test_tokenizer_pickles():
+    # a data loader with worker processes sends the tokenizer to them
+    tok = tok_trained()
+    assert pickle.loads(pickle.dumps(tok)).encode(TOK_TEXTS[4]) == tok.encode(TOK_TEXTS[4])
+
+
+def test_tokenizer_load_refuses_bad_files(tmp_path):
+    good = tmp_path / "good.json"
+    tok_trained().save(good)
+    content = good.read_text()
+    data = json.loads(content)
+    bad = {
+        "empty": "", "truncated": content[:-10], "not_json": "BPE, honestly", "binary": "\x00\x01",
+        "number": "7", "list": "[]", "null": "null", "nested": "[" * 100000, "other_object": '{"model": 1}',
+        "other_format": json.dumps({**data, "format": "BPE"}),
+        "no_kind": json.dumps({"format": data["format"], "merges": data["merges"]}),
+        "wrong_kind": json.dumps({**data, "kind": "wordpiece"}),
+        "list_kind": json.dumps({**data, "kind": ["clip"]}),
+        "no_merges": json.dumps({"format": data["format"], "kind": data["kind"]}),
+    }
+    bad_merges = {"text": "ab", "flat": [1, 2], "triple": [[1, 2, 3]], "from_the_future": [[1, 256]],
+                  "negative": [[-1, 2]], "floats": [[1.0, 2]], "strings": [["a", "b"]], "null": None}
+    for name, merges in bad_merges.items():
+        bad[f"merges_{name}"] = json.dumps({**data, "merges": merges})
+    for name, content in bad.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "latin1").write_bytes(b"\xff\xfe\xe9")
+    (tmp_path / "folder").mkdir()
+    for name in [*bad, "latin1", "folder", "missing"]:
+        with pytest.raises(ValueError, match=name) as info:
+            Tokenizer.load(tmp_path / name)
+        assert type(info.value) is ValueError and "\n" not in str(info.value)
+
+
+def test_tokenizer_from_clip_refuses_bad_files(tmp_path):
+    short = gzip.compress(b"a header\ni n\nt h\n")
+    bad = {"missing": None, "not_gzip": b"i n\nt h\n", "empty": b"", "truncated": short[:-12], "short": short,
+           "no_pairs": gzip.compress(b"header\nhello\n"), "unknown_symbol": gzip.compress(b"header\nin g\n"),
+           "garbled": short[:10] + b"\xff" * 30, "latin1": gzip.compress(b"header\n\xff\xfe")}
+    for name, content in bad.items():
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=name) as info:
+            Tokenizer.from_clip(tmp_path / name)
+        assert type(info.value) is ValueError and "\n" not in str(info.value)
+
+
+def test_tokenizer_clip_golden(tmp_path):
+    tok = tok_clip()
+    assert (len(tok), tok.end, tok.pad) == (49408, 49407, 49406)
+    tok.save(tmp_path / "clip.json")
+    again = Tokenizer.load(tmp_path / "clip.json")
+    assert again.fingerprint() == tok.fingerprint()
+    for text, ids in TOK_CLIP_GOLDEN:
+        assert tok.encode(text) == ids, text
+        assert again.encode(text) == ids, text
+
+
+def test_tokenizer_clip_decode():
+    tok = tok_clip()
+    assert tok.decode(tok.encode("  A young  boy&#39;s\tFRISBEE, 12½ ")) == "a young boy 's frisbee , 1 2 ½"
+    ids, was_cut = tok.encode_padded("a dog", 5)
+    assert ids == [320, 1929, tok.end, tok.pad, tok.pad] and not was_cut
+    assert tok.decode(ids) == "a dog"
+    assert tok.decode(tok.encode("x" * 500)) == "x" * 500
+
+
+def test_tokenizer_clip_words():
+    # needs no merge list
+    def words(text):
+        return tokenizer_module.clip_pattern().findall(tokenizer_module.clip_clean(text))
+    assert words("It's <B>20Ⅷ½</B>!") == ["it", "'s", "<", "b", ">", "2", "0", "ⅷ", "½", "</", "b", ">!"]
+    assert words("snow_man DON'T, we'LL") == ["snow", "_", "man", "don", "'t", ",", "we", "'ll"]
+    assert words("हिन्दी") == ["ह", "ि", "न", "्", "द", "ी"]  # vowel signs are marks, neither letter nor number
+    assert words("&amp;amp;lt; &nbsp; x\u3000y") == ["&", "lt", ";", "x", "y"]
+    assert words("a<|StartOfText|>b <|endoftext|>") == ["a", "<|startoftext|>", "b", "<|endoftext|>"]
+    assert words("'ſtop 'Sir") == ["'ſ", "top", "'s", "ir"]
+    assert words("a\x1cb\u0345c") == ["a", "\x1c", "b", "c"]
+
+# -----------------------------------------------------------------------------
+# data.py
+
+def test_scenes_are_deterministic_and_hold_out_combinations():
+    train_scenes, heldout = data.Scenes("train", 300), data.Scenes("heldout", 100)
+    assert train_scenes.scene(7) == data.Scenes("train", 10).scene(7)
+    assert train_scenes.scene(7) != data.Scenes("val", 10).scene(7)
+    assert np.array_equal(np.asarray(train_scenes.image(7)), np.asarray(data.Scenes("train", 10).image(7)))
+    for scenes, held in ((train_scenes, False), (heldout, True)):
+        for i in range(len(scenes)):
+            assert bool(set(scenes.scene(i)[:2]) & data.HELD_OUT) == held
+    # every single attribute of the held-out things is seen in training
+    seen = {word for i in range(300) for thing in train_scenes.scene(i)[:2] for word in thing}
+    assert seen == set(data.SIZES) | set(data.COLOURS) | set(data.SHAPES)
+
+
+def test_oracle_reads_rendered_scenes_and_captions():
+    for split in ("train", "heldout"):
+        scenes = data.Scenes(split, 80)
+        for i in range(len(scenes)):
+            *truth, _, captions = scenes.scene(i)
+            assert data.read_scene(scenes.image(i)) == data.facts(*truth)
+            assert len(captions) == 8
+            for caption in captions:
+                assert data.parse_caption(caption) == data.facts(*truth), caption
+
+
+def test_oracle_reads_every_thing_in_every_place():
+    for size in data.SIZES:
+        for colour in data.COLOURS:
+            for shape in data.SHAPES:
+                other = ("large", "red", "circle")
+                for relation, (dx, dy) in data.RELATIONS.items():
+                    centres = [(32 + 16 * dx, 32 + 16 * dy), (32 - 16 * dx, 32 - 16 * dy)]
+                    image = data.draw_things([(size, colour, shape), other], centres)
+                    assert data.read_scene(image) == data.facts((size, colour, shape), other, relation)
+
+
+def test_oracle_refuses_what_is_not_two_things():
+    assert data.read_scene(Image.new("RGB", (64, 64), data.BACKGROUND)) is None
+    assert data.read_scene(data.draw_things([("large", "red", "circle")], [(32, 32)])) is None
+    three = [("small", "red", "circle")] * 3
+    assert data.read_scene(data.draw_things(three, [(12, 12), (32, 32), (52, 52)])) is None
+    for caption in ("", "a red circle", "a small red circle above a large blue", "a small red circle above",
+                    "a small red circle above a large blue square today", "a large pink circle above a small red cross"):
+        assert data.parse_caption(caption) is None
+
+
+def test_a_scene_said_the_other_way_round_is_the_same():
+    a, b = ("small", "red", "circle"), ("large", "blue", "cross")
+    assert data.facts(a, b, "above") == data.facts(b, a, "below") != data.facts(a, b, "below")
+
+
+def test_components_against_flood_fill():
+    mask = np.random.RandomState(0).rand(20, 20) > 0.5
+    left, sizes = {tuple(p) for p in np.argwhere(mask)}, []
+    while left:
+        stack, size = [left.pop()], 0
+        while stack:
+            y, x = stack.pop()
+            size += 1
+            for p in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if p in left:
+                    left.remove(p)
+                    stack.append(p)
+        sizes.append(size)
+    found = data.components(mask)
+    assert [c.sum() for c in found] == sorted(sizes, reverse=True)
+    assert np.array_equal(sum(c.astype(int) for c in found), mask.astype(int))
+
+
+def test_image_files_of_every_mode_come_out_right(tmp_path):
+    red = np.zeros((8, 8, 3), np.uint8)
+    red[..., 0] = 200
+    image = Image.fromarray(red)
+    transparent = image.convert("RGBA")
+    transparent.putalpha(0)
+    rotated = Image.fromarray(np.concatenate([red, np.zeros((8, 8, 3), np.uint8)]))
+    exif = Image.Exif()
+    exif[0x0112] = 3  # upside down
+    cases = {"rgb.png": (image, (200, 0, 0)), "palette.png": (image.quantize(4), (200, 0, 0)),
+             "grey.png": (image.convert("L"), (60, 60, 60)), "rgba.png": (transparent, (255, 255, 255)),
+             "cmyk.jpg": (image.convert("CMYK"), (200, 0, 0)),
+             "grey16.png": (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), (100, 100, 100))}
+    for name, (picture, colour) in cases.items():
+        picture.save(tmp_path / name)
+        loaded = data.load_image(tmp_path / name)
+        assert loaded.mode == "RGB"
+        assert np.abs(np.asarray(loaded, int)[4, 4] - colour).max() <= 3, name
+    rotated.save(tmp_path / "exif.png", exif=exif)
+    assert np.asarray(data.load_image(tmp_path / "exif.png"))[12, 4, 0] == 200
+    (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:50])
+    for name in ("text.png", "cut.png", "absent.png"):
+        with pytest.raises(ValueError, match=name):
+            data.load_image(tmp_path / name)
+
+
+def test_crops():
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 80, 3), np.uint8))
+    centre = data.crop_to_tensor(image, 48)
+    expected = torch.from_numpy(np.array(image)[:, 16:64]).permute(2, 0, 1).float() / 127.5 - 1
+    assert torch.allclose(centre, expected, atol=1e-6)
+    a, b = (data.crop_to_tensor(image, 32, 0.5, random.Random(seed)) for seed in (1, 1))
+    c = data.crop_to_tensor(image, 32, 0.5, random.Random(2))
+    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.abs().max() <= 1
+    assert (np.asarray(data.to_image(centre)) == np.array(image)[:, 16:64]).all()
+
+
+def coco(tmp_path, n=4, size=64):
+    """A small data set in the MS-COCO captions layout -> (folder, JSON path, the JSON's content)."""
+    folder = tmp_path / "images"
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(np.random.RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i}.png")
+    record = {"images": [{"id": i + 100, "file_name": f"{i}.png"} for i in range(n)],
+              "annotations": [{"image_id": i // 2 + 100, "caption": f"caption {i}"} for i in range(2 * n - 2)]}
+    path = tmp_path / "captions.json"
+    path.write_text(json.dumps(record))
+    return folder, path, record
+
+
+def test_coco_layout(tmp_path):
+    folder, path, _ = coco(tmp_path)
+    dataset = data.CocoCaptions(str(folder), str(path))
+    assert len(dataset) == 3  # the last image has no caption
+    assert dataset.captions(1) == ["caption 2", "caption 3"]
+    assert dataset.image(1).size == (64, 64)
+    (tmp_path / "empty").mkdir()
+    cases = [("absent", path, "no image folder"), (folder, tmp_path / "absent.json", "no captions file"),
+             (tmp_path / "empty", path, "names 3 of 3 images")]
+    for name, text in (("broken", "{"), ("list", "[]"), ("keys", '{"images": []}'), ("number", '{"annotations": 3}')):
+        (tmp_path / f"{name}.json").write_text(text)
+        cases.append((folder, tmp_path / f"{name}.json", "not a COCO captions JSON"))
+    (tmp_path / "none.json").write_text('{"images": [], "annotations": []}')
+    cases.append((folder, tmp_path / "none.json", "no captioned image"))
+    for images, captions, message in cases:
+        with pytest.raises(ValueError, match=message):
+            data.CocoCaptions(str(images), str(captions))
+
+
+def test_order_covers_every_sample_once_and_resumes():
+    n, batch = 23, 4
+    for world in (1, 2, 3):
+        steps = 12
+        places, indices = [], []
+        streams = [iter(data.Order(n, batch, 5, 0, rank, world)) for rank in range(world)]
+        for _ in range(steps):
+            for stream in streams:
+                for index, place in next(stream):
+                    indices.append(index)
+                    places.append(place)
+        assert places == list(range(steps * batch * world))
+        for epoch in range(len(places) // n):
+            assert sorted(indices[epoch * n:(epoch + 1) * n]) == list(range(n))
+        late = iter(data.Order(n, batch, 5, 7, 0, world))
+        early = iter(data.Order(n, batch, 5, 0, 0, world))
+        for _ in range(7):
+            next(early)
+        assert next(late) == next(early)
+        # the ranks' batches side by side are the batch of one rank with a batch as large as all of them
+        whole = next(iter(data.Order(n, batch * world, 5, 3, 0, 1)))
+        assert whole == [key for rank in range(world) for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
+
+
+def test_batches_are_the_same_with_and_without_workers():
+    view = data.Pixels(data.Scenes("train", 10), 32, 0.5)
+    for step in range(3):
+        a, b = (data.batches(view, 3, seed=1, start=step, workers=w) for w in (0, 1))
+        assert torch.equal(next(a)[0], next(b)[0])
+
+
+def test_tokens_view_draws_captions_and_nulls():
+    scenes, tok = data.Scenes("train", 5), Tokenizer.train(["a small red circle"], 300)
+    codes = data.encode_images(scenes, lambda x: x.flatten(1)[:, :4].mul(100), 64, batch_size=2)
+    halves = [data.encode_images(scenes, lambda x: x.flatten(1)[:, :4].mul(100), 64, rank, 2) for rank in (0, 1)]
+    assert torch.equal(codes, halves[0] + halves[1])
+    texts, first, cut = data.encode_captions(scenes, tok, 12)
+    assert texts.shape == (40, 12) and first == [0, 8, 16, 24, 32, 40] and cut == 40
+    view = data.Tokens(codes, texts, first, null_prob=0.5)
+    drawn = [view.item(2, random.Random(i)) for i in range(200)]
+    assert len({tuple(text.tolist()) for text, _, _ in drawn}) == len({tuple(t.tolist()) for t in texts[16:24]})
+    assert all(torch.equal(image, codes[2].long()) for _, image, _ in drawn)
+    assert 60 < sum(null.item() for *_, null in drawn) < 140
+
+
+def test_contact_sheet_has_room_for_everything():
+    sheet = data.contact_sheet([Image.new("RGB", (64, 64), "red")] * 5, ["a long caption " * 8] * 5, columns=3, side=96)
+    assert sheet.width == 3 * 102 + 6 and sheet.height > 2 * 102
+    assert (np.asarray(sheet)[50, 50] == (255, 0, 0)).all()
+
+
+# -----------------------------------------------------------------------------
+# augvae.py
+
+TINY = AugVAEConfig(image_size=32, levels=(8, 4, 2), hidden=8, ch_mult=(1, 2, 4), ch_mult_inner=(2, 4), n_res_blocks=1,
+                    n_groups=4, z_channels=16, codebook_size=24, codebook_dim=6)
+
+
+def images(n=2, side=32, seed=0):
+    return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def test_the_default_is_the_released_model():
+    with torch.device("meta"):
+        vae = AugVAE(AugVAEConfig())
+    assert sum(g * g for g in vae.config.grids) == 5440
+    assert round(sum(t.numel() for t in vae.state_dict().values()) / 1e6) == 225  # codebook and its averages included
+
+
+@pytest.mark.parametrize("field, value, message", [
+    ("levels", (8, 4, 3), "levels"), ("hidden", 6, "n_groups"), ("single_level", 5, "not one of the levels")])
+def test_augvae_config_names_what_does_not_fit(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **{field: value})
+
+
+def test_upsample_is_nearest_then_convolution():
+    torch.manual_seed(0)
+    up, x = Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
+    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
+    assert torch.allclose(up(x), plain, atol=1e-12)
+    w = torch.randn_like(plain)
+    for a, b in zip(torch.autograd.grad((up(x) * w).sum(), [x, up.weight, up.bias]),
+                    torch.autograd.grad((plain * w).sum(), [x, up.weight, up.bias])):
+        assert torch.allclose(a, b, atol=1e-12)
+
+
+def test_nearest_code_is_brute_force():
+    torch.manual_seed(0)
+    book, z = Codebook(TINY), torch.randn(100, 6)
+    brute = torch.cdist(z.double(), book.weight.double()).argmin(1)
+    for chunk in (1, 24 * 7, 2 ** 24):
+        assert torch.equal(book.nearest(z, chunk), brute)
+
+
+def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
+    torch.manual_seed(0)
+    book = Codebook(TINY).train()
+    before = {k: v.clone() for k, v in book.state_dict().items()}
+    z = torch.randn(2, 6, 4, 4, requires_grad=True)
+    z_q, codes, loss = book(z)
+    assert torch.allclose(z_q, book.lookup(codes), atol=1e-6)
+    grad = torch.randn_like(z)
+    assert torch.equal(torch.autograd.grad(z_q, z, grad, retain_graph=True)[0], grad)
+    assert torch.allclose(torch.autograd.grad(loss, z)[0], 2 * (z - book.lookup(codes)) / z.numel(), atol=1e-7)
+    assert all(torch.equal(before[k], v) for k, v in book.state_dict().items())
+
+
+def test_joint_ema_update_against_a_loop():
+    torch.manual_seed(0)
+    book = Codebook(dataclasses.replace(TINY, dead_below=0.0, ema_decay=0.9, ema_eps=1e-9))
+    book.cluster_size.fill_(2.0)
+    book.embed_sum.copy_(2 * book.weight)
+    book.updates.fill_(10_000)  # past the warm-up of the decay
+    sizes, sums = book.cluster_size.clone(), book.embed_sum.clone()
+    levels = [torch.randn(2, 6, s, s) for s in (4, 2)]
+    codes = [book(z)[1] for z in levels]
+    for z, code in zip(levels, codes):
+        book.collect(z, code)
+    use, perplexity = book.update()
+    sizes, sums = 0.9 * sizes, 0.9 * sums
+    for z, code in zip(levels, codes):
+        for vector, k in zip(z.permute(0, 2, 3, 1).reshape(-1, 6), code.flatten()):
+            sizes[k] += 0.1
+            sums[k] += 0.1 * vector
+    assert torch.allclose(book.weight, sums / sizes[:, None], atol=1e-5)
+    everything = torch.cat([c.flatten() for c in codes])
+    p = torch.bincount(everything, minlength=24) / len(everything)
+    assert use == pytest.approx((p > 0).float().mean().item())
+    assert perplexity == pytest.approx(math.exp(-sum(q * math.log(q) for q in p.tolist() if q)), rel=1e-5)
+    assert codebook_use(torch.ones(24)) == (1.0, pytest.approx(24))
+
+
+def test_dead_codes_are_revived_with_their_state():
+    torch.manual_seed(0)
+    book = Codebook(TINY)
+    z = torch.randn(4, 6, 8, 8) + 50  # far from all codes: one code takes everything
+    assert len(book(z)[1].unique()) == 1
+    for _ in range(3):
+        book.collect(z, book(z)[1])
+        book.update()
+    assert len(book(z)[1].unique()) > 20
+    alive = book.cluster_size > 0
+    assert alive.all() and book.weight.isfinite().all()
+    assert torch.allclose(book.embed_sum / book.cluster_size[:, None], book.weight, rtol=1e-3)
+    assert (book.weight - 50).abs().max() < 5  # every code comes from the batch
+
+
+def test_encode_and_decode_shapes_and_values():
+    torch.manual_seed(0)
+    vae = AugVAE(TINY)
+    codes = vae.encode(images())
+    assert [tuple(c.shape) for c in codes] == [(2, 8, 8), (2, 4, 4), (2, 2, 2)]
+    assert all(c.dtype == torch.int64 and 0 <= c.min() and c.max() < 24 for c in codes)
+    decoded = vae.decode(codes)
+    assert decoded.shape == (2, 3, 32, 32) and decoded.abs().max() <= 1
+    reconstruction, commitment, same = vae.train()(images())
+    assert torch.allclose(reconstruction.clamp(-1, 1), decoded, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(codes, same)) and commitment > 0
+    with pytest.raises(ValueError, match=r"grids \(8, 4\)"):
+        vae.decode(codes[:2])
+    with pytest.raises(ValueError, match="outside"):
+        vae.decode([codes[0], codes[1], codes[2] + 24])
+
+
+def test_every_level_counts_and_decoders_run_coarse_to_fine():
+    torch.manual_seed(0)
+    vae = AugVAE(TINY)
+    codes = vae.encode(images())
+    for i in range(3):
+        changed = [c.clone() for c in codes]
+        changed[i] = (changed[i] + 1) % 24
+        assert not torch.allclose(vae.decode(changed), vae.decode(codes))
+    q = [vae.post_quant(vae.codebook.lookup(c), i) for i, c in enumerate(codes)]
+    h = vae.decoders[0](q[2])
+    h = vae.decoders[1](torch.cat([q[1], h], 1))
+    h = vae.decoders[2](torch.cat([q[0], h], 1))
+    assert torch.allclose(h.clamp(-1, 1), vae.decode(codes), atol=1e-6)
+
+
+def test_encoders_are_chained_on_continuous_features():
+    torch.manual_seed(0)
+    vae, h = AugVAE(TINY), images()
+    for encoder, grid, z, i in zip(vae.encoders, TINY.grids, vae.features(h), range(3)):
+        h = encoder(h)
+        assert h.shape == (2, 16, grid, grid)
+        assert torch.allclose(F.conv2d(h, vae.pre_quant.weight, vae.pre_quant.bias[i]), z, atol=1e-6)
+
+
+def test_single_level_surgery():
+    torch.manual_seed(0)
+    ml = AugVAE(TINY)
+    for side in TINY.levels:
+        sl = ml.single_level(side)
+        level = TINY.levels.index(side)
+        codes = ml.encode(images())
+        assert [c.shape[-1] for c in sl.encode(images())] == [side]
+        assert torch.equal(sl.encode(images())[0], codes[level])
+        # what ML computes with every missing half at zero
+        h = ml.post_quant(ml.codebook.lookup(codes[level]), level)
+        h = ml.decoders[2 - level](h if level == 2 else torch.cat([h, torch.zeros_like(h)], 1))
+        for decoder in list(ml.decoders)[3 - level:]:
+            h = decoder(torch.cat([torch.zeros_like(h), h], 1))
+        assert torch.allclose(sl.decode([codes[level]]), h.clamp(-1, 1), atol=1e-5)
+        loss, commitment, _ = sl(images())
+        (loss.square().mean() + commitment).backward()
+        assert all(p.grad is not None for p in sl.parameters())
+        with pytest.raises(ValueError, match="already"):
+            sl.single_level(side)
+    with pytest.raises(ValueError, match="no grid of side 5"):
+        ml.single_level(5)
+
+
+def test_attention_sits_where_the_release_has_it():
+    plain, attentive = AugVAE(TINY), AugVAE(dataclasses.replace(TINY, attention=True))
+    added = {n.rsplit(".", 2)[0] for n in attentive.state_dict()} - {n.rsplit(".", 2)[0] for n in plain.state_dict()}
+    expected = set()
+    for i, top in enumerate((2, 1, 1)):
+        expected |= {f"encoders.{i}.down_{top}_attn_0", f"encoders.{i}.mid_attn_1"}
+    for i, top in enumerate((1, 1, 2)):
+        expected |= {f"decoders.{i}.up_{top}_attn_{j}" for j in (0, 1)} | {f"decoders.{i}.mid_attn_1"}
+    assert added == expected
+    block, x = attentive.encoders[0].mid_attn_1, torch.randn(2, 32, 4, 4)
+    torch.nn.init.normal_(block.proj_out.weight)
+    q, k, v = (conv(block.norm(x)).flatten(2) for conv in (block.q, block.k, block.v))
+    weights = (torch.einsum("bci,bcj->bij", q, k) / 32 ** 0.5).softmax(2)
+    plain = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).view(2, 32, 4, 4))
+    assert torch.allclose(block(x), plain, atol=1e-5)
+
+
+# -----------------------------------------------------------------------------
+# biart.py
+
+GPT = BiARTConfig(n_layer=2, n_head=2, n_embd=16, n_text=6, text_vocab=20, end_token=18, pad_token=19, image_vocab=12,
+                  image_side=3)
+
+
+def captions_and_codes(n=4, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    text = torch.randint(0, 18, (n, 6), generator=g)
+    for row, length in zip(text, (2, 5, 3, 4) * n):
+        row[length], row[length + 1:] = 18, 19
+    return text, torch.randint(0, 12, (n, 9), generator=g)
+
+
+def biart(seed=0, **changes):
+    torch.manual_seed(seed)
+    model = BiART(dataclasses.replace(GPT, **changes)).eval()
+    for p in model.parameters():  # larger than the initialisation, so that every path matters
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+@pytest.mark.parametrize("positions", ["modality", "sequence"])
+@pytest.mark.parametrize("to", ["image", "text"])
+def test_no_token_sees_the_future(to, positions):
+    model, (text, image) = biart(positions=positions), captions_and_codes()
+    x = model.sequence(text, image, to)
+    h = model.trunk(x)
+    assert h.shape == (4, 15, 16)
+    for j in range(15):
+        changed = x.clone()
+        changed[:, j] = torch.randn(16)
+        same = torch.isclose(model.trunk(changed), h, atol=1e-6).all(2).all(0)
+        assert same[:j].all() and not same[j:].any()
+
+
+def test_layouts_segments_and_positions():
+    model, (text, image) = biart(), captions_and_codes()
+    t2i, i2t = model.sequence(text, image, "image"), model.sequence(text, image, "text")
+    segment = model.segment.weight
+    # a token keeps its position on whichever side it stands; only the segment changes
+    assert torch.allclose(t2i[:, :6] - segment[0], i2t[:, 9:] - segment[1], atol=1e-6)
+    assert torch.allclose(t2i[:, 6:] - segment[1], i2t[:, :9] - segment[0], atol=1e-6)
+    place = model.place("image", 1)
+    assert torch.allclose(place[5], model.row_position.weight[1] + model.column_position.weight[2] + segment[1])
+    absolute = biart(positions="sequence")
+    assert torch.allclose(absolute.place("image", 1)[0], absolute.position.weight[6] + absolute.segment.weight[1])
+    assert torch.allclose(absolute.place("image", 0)[0], absolute.position.weight[0] + absolute.segment.weight[0])
+
+
+def test_merged_forward_is_the_two_directions():
+    model, (text, image) = biart(), captions_and_codes()
+    loss, parts = model(text, image)
+    by_hand = {}
+    for to, pick in (("image", [0, 2]), ("text", [1, 3])):
+        total = []
+        for i in pick:
+            h = model.trunk(model.sequence(text[i:i + 1], image[i:i + 1], to))
+            log_p = model.logits(h, to).log_softmax(-1)[0]
+            if to == "image":
+                total.append(-sum(log_p[5 + j, image[i, j]] for j in range(9)) / 9)
+            else:
+                length = (text[i] != 19).sum()
+                total.append(-sum(log_p[8 + j, text[i, j]] for j in range(length)) / length)
+        by_hand[to] = sum(total) / 2
+    assert parts["t2i"].item() == pytest.approx(by_hand["image"].item(), rel=1e-5)
+    assert parts["i2t"].item() == pytest.approx(by_hand["text"].item(), rel=1e-5)
+    assert loss.item() == pytest.approx(sum(by_hand.values()).item() / 2, rel=1e-5)
+    log_p, count = model.log_likelihood(text, image, "text")
+    assert (-log_p / count)[[1, 3]].mean().item() == pytest.approx(by_hand["text"].item(), rel=1e-5)
+    with pytest.raises(ValueError, match="odd"):
+        model(text[:3], image[:3])
+
+
+def test_reference_loss_is_an_option():
+    model, (text, image) = biart(ref_loss=0.5), captions_and_codes()
+    plain = biart()
+    h = plain.trunk(plain.sequence(text[::2], image[::2], "image"))
+    log_p, scored = plain.logits(h, "text").log_softmax(-1), text[::2, 1:] != 19
+    nll = -log_p[:, :5].gather(2, text[::2, 1:, None])[..., 0] * scored
+    expected = plain(text, image)[1]["t2i"] + 0.5 * (nll.sum(1) / scored.sum(1)).mean()
+    assert model(text, image)[1]["t2i"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_padding_is_not_scored():
+    model, (text, image) = biart(), captions_and_codes()
+    with torch.no_grad():
+        model.head["text"].weight[19] += 5  # what the padding's own score does cannot matter: it is never a target
+    _, count = model.log_likelihood(text, image, "text")
+    assert count.tolist() == [3, 6, 4, 5]
+
+
+def test_null_blanks_the_reference_side():
+    model, (text, image) = biart(), captions_and_codes()
+    other = captions_and_codes(seed=1)
+    yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
+    assert torch.equal(model.sequence(text, image, "image", yes), model.sequence(other[0], image, "image", yes))
+    assert torch.equal(model.sequence(text, image, "text", yes)[:, 9:], model.sequence(text, image, "text", no)[:, 9:])
+    assert torch.equal(model.sequence(text, image, "text", no), model.sequence(text, image, "text"))
+    _, parts = model(text, image, yes)
+    assert parts["t2i"] == model(other[0], image, yes)[1]["t2i"]
+
+
+def uncached(model, ref, to, length, seed, given=(), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0):
+    """Generation the long way round: the whole sequence anew for every token, one sample at a time."""
+    uniform = torch.rand(length, generator=torch.Generator().manual_seed(seed))
+    tokens = list(given)
+    while len(tokens) < length:
+        scores = []
+        for null in (False, True):
+            x = model.embed(ref, {"text": "image", "image": "text"}[to], 0, torch.tensor([null]))
+            if tokens:
+                x = torch.cat([x, model.embed(torch.tensor([tokens]), to, 1)], 1)
+            scores.append(model.logits(model.trunk(x)[:, -1], to))
+        logits = scores[1] + guidance * (scores[0] - scores[1])
+        if to == "text":
+            logits[:, 19] = -torch.inf
+        tokens.append(sample(logits, uniform[len(tokens)][None], temperature, top_k, top_p).item())
+        if to == "text" and tokens[-1] == 18:
+            tokens += [19] * (length - len(tokens))
+    return tokens
+
+
+@pytest.mark.parametrize("positions", ["modality", "sequence"])
+@pytest.mark.parametrize("to", ["image", "text"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"guidance": 2.5, "temperature": 0.8},
+                                     {"top_k": 4, "top_p": 0.7}])
+def test_cached_generation_equals_uncached(to, positions, options):
+    model, (text, image) = biart(positions=positions), captions_and_codes(2)
+    ref, gen = (text, image) if to == "image" else (image, text)
+    seeds = [5, 6, 7, 8]
+    for given in (0, 1):
+        prefix = gen[:, :given] if given else None
+        with torch.no_grad():
+            expected = [uncached(model, ref[i // 2:i // 2 + 1], to, gen.shape[1], seeds[i],
+                                 gen[i // 2, :given].tolist(), **options) for i in range(4)]
+        assert model.generate(ref, to, n=2, prefix=prefix, seeds=seeds, **options).tolist() == expected
+
+
+def test_generated_tokens_belong_to_their_modality():
+    model, (text, image) = biart(), captions_and_codes(4)
+    painted = model.generate(text, "image", n=8)
+    assert painted.shape == (32, 9) and painted.min() >= 0 and painted.max() < 12
+    said = model.generate(image, "text", n=8)
+    assert said.shape == (32, 6) and said.max() < 20
+    for row in said.tolist():
+        if 18 in row:
+            assert set(row[row.index(18) + 1:]) <= {19}
+            row = row[:row.index(18)]
+        assert 19 not in row
+
+
+def test_a_sample_depends_on_its_own_seed_alone():
+    model, (text, _) = biart(), captions_and_codes(4)
+    together = model.generate(text, "image", seeds=[11, 12, 13, 14])
+    assert torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[13]))
+    assert not torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[14]))
+
+
+def test_sampling_distribution():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
+    uniform = (torch.arange(20000) + 0.5) / 20000
+
+    def shares(**options):
+        return torch.bincount(sample(logits.repeat(20000, 1), uniform, **options), minlength=5) / 20000
+
+    assert torch.allclose(shares(), logits[0].softmax(0), atol=2e-3)
+    assert torch.allclose(shares(temperature=0.5), (2 * logits[0]).softmax(0), atol=2e-3)
+    kept = torch.tensor([2.0, 1.0, -torch.inf, -torch.inf, 1.5])
+    assert torch.allclose(shares(top_k=3), kept.softmax(0), atol=2e-3)
+    p = logits[0].softmax(0)  # 0.44, 0.16, 0.06, 0.02, 0.27 at temperature 1; in order 0.44, 0.71, 0.88
+    kept = torch.tensor([p[0], 0, 0, 0, p[4]]) / (p[0] + p[4])
+    assert torch.allclose(shares(top_p=0.7), kept, atol=2e-3)
+    assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
+    assert sample(logits, torch.tensor([1 - 1e-7])).item() == 3
+
+
+def test_one_batch_is_learned_both_ways():
+    torch.manual_seed(0)
+    model, (text, image) = BiART(dataclasses.replace(GPT, n_embd=32)), captions_and_codes(4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(250):
+        order = torch.randperm(4)  # so that every sample runs both ways
+        loss, _ = model(text[order], image[order])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    assert torch.equal(model.eval().generate(text, "image", temperature=0), image)
+    assert torch.equal(model.generate(image, "text", temperature=0), text)
+
+
+# -----------------------------------------------------------------------------
+# train.py and sample.py
+
+MINIATURE = ["--image_size=64", "--levels=8,4", "--ch_mult", "1,1,1,2", "--hidden=8", "--n_groups=4", "--z_channels=16",
+             "--codebook_size=32", "--codebook_dim=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_scenes=24",
+             "--batch_size=4", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--eval_images=6"]
+
+
+def run(*command, ok=True, **environment):
+    """Run a command in the repository; return what it printed. It must end with 0, or, with ok=False, otherwise."""
+    process = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300, check=False,
+                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert (process.returncode == 0) == ok, process.stdout + process.stderr
+    return process.stdout + process.stderr
+
+
+def python(*arguments, ok=True):
+    return run(sys.executable, *arguments, ok=ok)
+
+
+def rows(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A miniature run through all stages, made by the real command."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    printed = python("train.py", *MINIATURE, "--out_dir", out)
+    return out, printed
+
+
+def test_train_all_leaves_a_whole_run(finished):
+    out, printed = finished
+    for stage in train.STAGES:
+        log = rows(out / f"{stage}.csv")
+        assert list(log[0])[:2] == ["step", "loss"]
+        assert [int(r["step"]) for r in log] == [0, 1, 2, 3, 4]
+        assert all(r["val_loss"] and math.isfinite(float(r["val_loss"])) for r in log[::2])
+        assert not any(r["val_loss"] for r in log[1::2])
+        for name in (f"{stage}_loss.png", f"{stage}_000000.png", f"{stage}_000004.png"):
+            assert Image.open(out / name).size[0] > 100
+        checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
+        assert checkpoint["step"] == 4 and f"{stage} 4/4 loss" in printed
+    assert "codebook_use" in rows(out / "augvae_ml.csv")[0] and "ETA" in printed and "images/s" in printed
+    assert len(Tokenizer.load(out / "tokenizer.json")) > 258
+    assert not [name for name in os.listdir(out) if name.endswith((".part", ".tmp"))]
+
+
+def test_sample_every_way(finished):
+    out, _ = finished
+    picture = out.parent / "scene.png"
+    data.Scenes("val", 1).image(0).save(picture)
+    assert "painted:" in python("sample.py", "--out_dir", out, "--n", 2)
+    assert Image.open(out / "samples.png").width > 200
+    python("sample.py", "--out_dir", out, "--n=2", "--prompt", "a small red circle above a large blue square")
+    assert Image.open(out / "painted_1.png").size == (64, 64)
+    assert len(python("sample.py", "--out_dir", out, "--n", 3, "--image", picture).splitlines()) >= 3
+    python("sample.py", "--out_dir", out, "--reconstruct", picture, picture)
+    assert Image.open(out / "reconstructed.png").height > Image.open(out / "reconstructed.png").width / 2
+    printed = python("sample.py", "--out_dir", out, "--eval", "--eval_items", 4, "--guidance", 2)
+    scores = json.loads(printed.strip().splitlines()[-1])
+    assert {"psnr", "codebook_use", "t2i_exact", "i2t_exact", "t2i_exact_heldout", "i2t_exact_heldout"} <= set(scores)
+    assert 0 < scores["codebook_use"] <= 1 and all(0 <= scores[k] <= 1 for k in scores if "exact" in k)
+    assert "was cut" in python("sample.py", "--out_dir", out, "--n=1", "--prompt", "red circle " * 40)
+
+
+def test_psnr_against_the_formula(finished):
+    config = sample_module.SampleConfig(out_dir=str(finished[0]), eval_items=3)
+    used = sample_module.Run(config)
+    some = data.spread(data.Scenes("val", 50), 3)
+    expected = []
+    for i in range(3):
+        x = data.crop_to_tensor(some.image(i), 64)[None]
+        y = used.vae.decode(used.vae.encode(x))
+        a, b = (np.asarray((t + 1) / 2, np.float64) for t in (x, y))
+        expected.append(10 * math.log10(1 / ((a - b) ** 2).mean()))
+    assert sample_module.reconstruction_scores(used, some)["psnr"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+def test_resume_continues_exactly(finished, tmp_path):
+    whole, _ = finished
+    out = tmp_path / "out"
+    for stage in train.STAGES:
+        python("train.py", *MINIATURE, "--out_dir", out, "--stage", stage, "--max_iters=2")
+        # the schedule of four steps from its middle on
+        checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
+        assert checkpoint["step"] == 2
+        python("train.py", *MINIATURE, "--out_dir", out, "--stage", stage, "--resume")
+        ours, theirs = rows(out / f"{stage}.csv"), rows(whole / f"{stage}.csv")
+        assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+        assert [r["loss"] for r in ours[:3]] == [r["loss"] for r in theirs[:3]]
+
+
+def test_coco_data_through_all_stages(tmp_path):
+    folder, path, _ = coco(tmp_path, n=6)
+    where = ["--data=coco", "--train_dir", folder, "--train_captions", path, "--val_dir", folder, "--val_captions", path]
+    out = tmp_path / "out"
+    python("train.py", *MINIATURE, *where, "--out_dir", out, "--max_iters=2")
+    assert "said" in python("sample.py", "--out_dir", out, "--n=2")
+    scores = json.loads(python("sample.py", "--out_dir", out, "--eval", "--eval_items=4").strip().splitlines()[-1])
+    assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0
+
+
+def test_two_ranks_train_alike_and_keep_one_codebook(tmp_path):
+    out = tmp_path / "out"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    run(*torchrun, *MINIATURE, "--out_dir", out, "--batch_size=2", "--device=cpu")
+    alone = tmp_path / "alone"
+    python("train.py", *MINIATURE, "--out_dir", alone, "--stage=augvae_ml", "--batch_size=4")
+    together, single = (train.load_checkpoint(d / "augvae_ml.pt", "augvae_ml")["model"] for d in (out, alone))
+    for name, value in together.items():
+        assert torch.allclose(value.float(), single[name].float(), atol=1e-5), name
+    for stage in train.STAGES:
+        assert len(rows(out / f"{stage}.csv")) == 5
+
+
+def test_settings_are_typed_layered_and_documented():
+    parser = train.Parser((train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), {})
+    given = parser.settings(["--levels", "16,8", "--learning_rate=0.5", "--resume", "--attention", "false", "--n_layer", "3"])
+    assert given == {"levels": (16, 8), "learning_rate": 0.5, "resume": True, "attention": False, "n_layer": 3}
+    config, gpt = train.configure({**given, "preset": "tiny"}, "biart", train.TrainConfig, BiARTConfig)
+    assert config.learning_rate == 0.5 and gpt.n_layer == 3
+    assert config.batch_size == train.PRESETS["tiny"]["biart"]["batch_size"]
+    for cls in (train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig, sample_module.SampleConfig):
+        for f in dataclasses.fields(cls):
+            if not f.metadata:
+                described = [a.help for a in train.Parser((cls,), {})._actions if a.dest == f.name]
+                assert len(described) == 1 and not described[0].startswith("["), f.name
+    for preset in train.PRESETS:
+        for stage in train.STAGES:
+            train.configure({"preset": preset}, stage, train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
+
+
+def test_help_lists_every_setting():
+    printed = python("train.py", "--help")
+    assert "--codebook_size" in printed and "--n_embd" in printed and "$ python train.py" in printed
+    assert "--guidance" in python("sample.py", "--help")
+
+
+def test_learning_rate_schedule():
+    config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
+    rates = [train.learning_rate_at(step, config) for step in range(111)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
+    assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def refused(*command):
+    """The command must fail with one sentence, not with a traceback; returns it."""
+    printed = python(*command, ok=False)
+    assert "Traceback" not in printed, printed
+    return printed
+
+
+def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
+    out, _ = finished
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    assert "did you mean --max_iters" in refused("train.py", "--max_iter", "3")
+    assert "exists" in refused("train.py", *MINIATURE, "--out_dir", out)
+    for arguments, message in [
+        (["--stage=gan"], "none of: augvae_ml, augvae_sl, biart, all"), (["--preset=huge"], "tiny, small, released"),
+        (["--data=mnist"], "none of: scenes, coco"), (["--data=coco"], "needs --train_dir"),
+        (["--data=coco", "--train_dir=absent", "--train_captions=absent.json"], "no image folder"),
+        (["--stage=biart"], "no checkpoint"), (["--resume"], "finds no checkpoint"), (["--device=tpu"], "--device"),
+        (["--dtype=int8"], "none of: auto"), (["--loss=l3"], "none of: l2, l1"), (["--levels=8,3"], "levels"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.main([*MINIATURE, "--out_dir", str(tmp_path / "new"), *arguments])
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+
+
+def test_bad_checkpoints_are_refused(finished, tmp_path):
+    out, _ = finished
+    whole = {name: (out / name).read_bytes() for name in os.listdir(out) if name.endswith((".pt", ".json"))}
+
+    def attempt(message, *arguments, **changes):
+        for name, content in whole.items():
+            (tmp_path / name).write_bytes(content)
+        for name, content in changes.items():
+            name = name + (".json" if name == "tokenizer" else ".pt")
+            (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=message):
+            sample_module.main(["--out_dir", str(tmp_path), "--n=1", *arguments])
+
+    attempt("no checkpoint", biart=None)
+    attempt("not a whole checkpoint", biart=whole["biart.pt"][:5000])
+    attempt("not a whole checkpoint", augvae_sl=b"")
+    attempt("stage augvae_ml, not of biart", biart=whole["augvae_ml.pt"])
+    attempt("another augvae", augvae_sl=retouched(out / "augvae_sl.pt"))
+    Tokenizer.train(["another text altogether"], 300).save(tmp_path / "other.json")
+    attempt("another tokenizer", tokenizer=(tmp_path / "other.json").read_bytes())
+    attempt("cannot read", tokenizer=b"{")
+    attempt("cannot read", tokenizer=None)
+    attempt("--prompt is empty", "--prompt", " ")
+    attempt("no image", "--image", "absent.png")
+    attempt("not an image", "--image", os.path.join(HERE, "README.md"))
+    attempt("not an image", "--reconstruct", os.path.join(HERE, "README.md"))
+
+
+def retouched(path):
+    """The bytes of a checkpoint in which one weight is another."""
+    checkpoint = torch.load(path, weights_only=True)
+    next(iter(checkpoint["model"].values())).add_(1)
+    torch.save(checkpoint, f"{path}.retouched")
+    with open(f"{path}.retouched", "rb") as f:
+        content = f.read()
+    os.remove(f"{path}.retouched")
+    return content
+
+
+class Payload:
+    """What unpickling must not run."""
+
+    def __reduce__(self):
+        return os.system, ("touch pwned",)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"stage": "biart", "model": Payload()}, "biart.pt")
+    with pytest.raises(ValueError, match="not a whole checkpoint"):
+        train.load_checkpoint("biart.pt", "biart")
+    assert not os.path.exists("pwned")
+
+
+def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "biart.pt"
+    train.save_checkpoint(path, {"stage": "biart", "step": 1})
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
+    with pytest.raises(OSError, match="no space left"):
+        train.save_checkpoint(path, {"stage": "biart", "step": 2})
+    assert train.load_checkpoint(path, "biart")["step"] == 1
+
+
+@pytest.mark.parametrize("module", ["augvae", "biart", "tokenizer", "data", "train", "sample"])
+def test_imports_are_quiet_and_one_way(module):
+    code = (f"import sys; import {module}; import torch; assert not torch.cuda.is_initialized(); "
+            "print(sorted({'train', 'sample'} & set(sys.modules)))")
+    printed = python("-c", code).strip()
+    assert printed == {"train": "['train']", "sample": "['sample', 'train']"}.get(module, "[]")
