@@ -54,7 +54,7 @@ HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small",
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
 SCENE_SIDE = 64  # pixels
 BACKGROUND = (250, 248, 242)
-JITTER = 2  # pixels that a thing may lie off its place, each way
+OFFSETS = (-2, 0, 2)  # pixels that a thing lies off its place, each way
 
 
 def outline(shape, x, y, r):
@@ -114,8 +114,8 @@ class Scenes:
             if bool({first, second} & HELD_OUT) == (self.split == "heldout"):
                 break
         relation = rng.choice(list(RELATIONS))
-        centres = [(SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dx + rng.randint(-JITTER, JITTER),
-                    SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dy + rng.randint(-JITTER, JITTER))
+        centres = [(SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dx + rng.choice(OFFSETS),
+                    SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dy + rng.choice(OFFSETS))
                    for sign, (dx, dy) in ((1, RELATIONS[relation]), (-1, RELATIONS[relation]))]
         return first, second, relation, centres, paraphrases(first, second, relation, rng)
 

@@ -282,6 +282,7 @@ def cpu_flags():
 class AugVAEObjective(nn.Module):
     """Pixel loss + commitment. forward((images,)) -> loss, {part: value}."""
     parts = ("pixel", "commit", "codebook_use", "perplexity")
+    copies = 1  # of a sample in a validation batch
 
     def __init__(self, vae, loss):
         super().__init__()
@@ -309,6 +310,7 @@ class AugVAEObjective(nn.Module):
 class BiARTObjective(nn.Module):
     """Cross-entropy in both directions. forward((text, image codes, null)) -> loss, {part: value}."""
     parts = ("t2i", "i2t")
+    copies = 2  # of a sample in a validation batch: one runs each way
 
     def __init__(self, biart, vae, tokenizer):
         super().__init__()
@@ -323,7 +325,7 @@ class BiARTObjective(nn.Module):
     def picture(self, text, image, null):
         """Captions under the images painted from them; then images over the captions given to them."""
         vae, tokenizer = self.helpers
-        text, image = text[:8], image[:8]
+        text, image = text[:16:2], image[:16:2]
         painted = self.model.generate(text, "image")
         said = self.model.generate(image, "text")
         side = self.model.config.image_side
@@ -332,32 +334,33 @@ class BiARTObjective(nn.Module):
         return data.contact_sheet([data.to_image(x) for x in pixels], captions, columns=len(text))
 
 
-def prepare(stage, given, context):
-    """-> (objective, training view, validation view, what the checkpoint must say about its surroundings)."""
-    config, data_config = configure(given, stage, TrainConfig, DataConfig)
-    train_data, val_data = (data.open_data(data_config, split) for split in ("train", "val"))
-    val_data = data.spread(val_data, config.eval_images)
+def read_augvae(name, given):
+    """The AugVAE that an earlier stage left in out_dir. Raises ValueError where it contradicts what was asked for."""
+    path = os.path.join(configure(given, name, TrainConfig)[0].out_dir, f"{name}.pt")
+    checkpoint = load_checkpoint(path, name)
+    for key, value in checkpoint["config"].items():
+        if given.get(key, value) != value:
+            raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
+    return restore(AugVAE, AugVAEConfig, checkpoint)
 
-    def earlier(name, cls):
-        """The AugVAE of an earlier stage, unless it contradicts what was asked for."""
-        path = os.path.join(config.out_dir, f"{name}.pt")
-        checkpoint = load_checkpoint(path, name)
-        for key, value in checkpoint["config"].items():
-            if given.get(key, value) != value:
-                raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
-        return restore(AugVAE, AugVAEConfig, checkpoint)
 
-    torch.manual_seed(config.seed)  # all ranks build the same model
-    if stage != "biart":
-        if stage == "augvae_ml":
-            vae = AugVAE(configure(given, stage, AugVAEConfig)[0])
-        else:
-            vae = earlier("augvae_ml", AugVAE).single_level(config.token_grid)
-        views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
-        return AugVAEObjective(vae, config.loss), *views, {}
+def prepare_augvae(stage, given, train_data, val_data, context):
+    """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
+    config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
+    if stage == "augvae_ml":
+        vae = AugVAE(vae_config)
+    else:
+        vae = read_augvae("augvae_ml", given).single_level(config.token_grid)
+    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
+    return AugVAEObjective(vae, config.loss), *views, {}
 
-    vae = earlier("augvae_sl", AugVAE).to(context.device)
-    biart_config = configure(given, stage, BiARTConfig)[0]
+
+def prepare_biart(stage, given, train_data, val_data, context):
+    """As prepare_augvae: trains (or, with --resume, reads) the tokenizer, and encodes both data sets, once."""
+    config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
+    if config.batch_size % 2:
+        raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
+    vae = read_augvae("augvae_sl", given).to(context.device)
     path = os.path.join(config.out_dir, "tokenizer.json")
     if config.resume and os.path.exists(path):
         tokenizer = Tokenizer.load(path)
@@ -413,10 +416,10 @@ def make_optimizer(model, config, context):
 
 def train(stage, given):
     """Run one stage from its beginning, or, with --resume, from its checkpoint, to max_iters."""
-    config = configure(given, stage, TrainConfig)[0]
+    config, data_config, vae_config, biart_config = configure(
+        given, stage, TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
     path = os.path.join(config.out_dir, f"{stage}.pt")
     saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
-    vae_config, biart_config = configure(given, stage, AugVAEConfig, BiARTConfig)
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
     context = Context(config.device, config.dtype, wide)
     os.makedirs(config.out_dir, exist_ok=True)
@@ -424,7 +427,13 @@ def train(stage, given):
         context.say(f"{stage}: done already, {saved['step']} steps")
         return
 
-    objective, train_view, val_view, surroundings = prepare(stage, given, context)
+    datasets = [data.open_data(data_config, split) for split in ("train", "val")]
+    datasets[1] = data.spread(datasets[1], config.eval_images)
+    if min(map(len, datasets)) < context.world:
+        raise ValueError(f"{min(map(len, datasets))} images are too few for {context.world} ranks")
+    torch.manual_seed(config.seed)  # all ranks build the same model
+    prepare = prepare_biart if stage == "biart" else prepare_augvae
+    objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
     model = objective.model
     objective.to(context.device)
     context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
@@ -450,12 +459,13 @@ def train(stage, given):
 
     micro = config.gradient_accumulation_steps
     loader = data.batches(train_view, config.batch_size, config.seed, start * micro, context.rank, context.world,
-                          configure(given, stage, DataConfig)[0].workers)
+                          data_config.workers)
 
     def to_device(batch):
         return [x.to(context.device, non_blocking=True) for x in batch]
 
-    mine = [val_view.item(i, random.Random(i)) for i in range(context.rank, len(val_view), context.world)]
+    mine = [val_view.item(i, random.Random(i)) for i in range(context.rank, len(val_view), context.world)
+            for _ in range(objective.copies)]
     val_batches = [torch.utils.data.default_collate(mine[i:i + config.batch_size])
                    for i in range(0, len(mine), config.batch_size)]
 
