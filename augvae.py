@@ -217,8 +217,6 @@ class Codebook(nn.Module):
     averages of how many vectors a step brings to each code and of their sum, so weight = embed_sum / cluster_size.
     Both start at zero: every code is dead until the first batches bring it to life.
     """
-    max_revived = 256  # per step, which bounds what is all-reduced
-
     def __init__(self, config):
         super().__init__()
         self.size, self.dim = config.codebook_size, config.codebook_dim
@@ -227,6 +225,9 @@ class Codebook(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        # A few newborns at a time: each batch of them is drawn from what all earlier codes serve badly. Were all codes
+        # drawn at once, most would land on the commonest patch and stay there as near-copies of each other.
+        self.max_revived = max(1, self.size // 32)
         self.pending = None  # what collect() has gathered since the last update()
 
     def nearest(self, z, chunk=2 ** 24):
@@ -272,7 +273,7 @@ class Codebook(nn.Module):
         error = (z - self.weight[codes]).square().sum(1)
         keys = torch.cat([keys, uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)])
         candidates = torch.cat([candidates, z])
-        keys, best = keys.topk(min(self.max_revived, self.size, len(keys)))
+        keys, best = keys.topk(min(self.max_revived, len(keys)))
         self.pending = (counts, sums, keys, candidates[best], calls + 1)
 
     @torch.no_grad()
@@ -299,7 +300,7 @@ class Codebook(nn.Module):
         self.embed_sum.lerp_(sums, 1 - decay)
         threshold = self.dead_below * counts.sum() / self.size
         dead = self.cluster_size < threshold
-        best = keys.topk(min(self.max_revived, self.size, len(keys))).indices
+        best = keys.topk(min(self.max_revived, len(keys))).indices
         dead = dead.nonzero().squeeze(1)[:len(best)]
         newborn = candidates[best[:len(dead)]]
         # A newborn starts light, so that it moves quickly to where it is used and is soon given up where it is not.

@@ -133,7 +133,11 @@ class BiART(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """GPT-2's: normal(0, 0.02), projections into the residual stream scaled down by sqrt(2 n_layer)."""
+        """
+        GPT-2's: normal(0, 0.02), projections into the residual stream scaled down by sqrt(2 n_layer). The 0.02 suits the
+        released width of 1024; narrower models start proportionally larger, or attention takes long to wake up.
+        """
+        std = 0.02 * (1024 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
@@ -141,7 +145,7 @@ class BiART(nn.Module):
                 nn.init.ones_(p)
             else:
                 residual = name.endswith(("c_proj.weight", "mlp.2.weight"))
-                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02)
+                nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
 
     def place(self, modality, segment):
         """Segment + position embeddings of one side of the sequence: (n, C)."""

@@ -40,7 +40,7 @@ class DataConfig:
 # -----------------------------------------------------------------------------
 # Built-in scenes: two things, each with a size, a colour and a shape, and the relation of the first to the second
 
-SIZES = {"small": 7, "large": 12}  # radius, pixels
+SIZES = {"small": 7, "large": 11}  # radius, pixels
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 216),
            "yellow": (245, 203, 32), "purple": (142, 68, 173), "black": (45, 52, 54)}
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -54,7 +54,7 @@ HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small",
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
 SCENE_SIDE = 64  # pixels
 BACKGROUND = (250, 248, 242)
-OFFSETS = (-2, 0, 2)  # pixels that a thing lies off its place, each way
+OFFSETS = (-4, 4)  # pixels that a thing lies off its place, each way: four places, on a lattice of eight
 
 
 def outline(shape, x, y, r):
@@ -85,14 +85,13 @@ def draw_things(things, centres, scale=4):
 
 
 def paraphrases(first, second, relation, rng):
-    """(size, colour, shape) twice and a relation -> eight captions, four in each order of mention."""
+    """(size, colour, shape) twice and a relation -> six captions, three in each order of mention."""
     def say(word):
         return rng.choice(WORDS.get(word, (word,)))
 
     captions = []
     for a, b, rel in ((first, second, relation), (second, first, OPPOSITE[relation])):
-        for template in ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}",
-                         "a {b} with a {a} {rel} it"):
+        for template in ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}"):
             captions.append(template.format(a=" ".join(map(say, a)), b=" ".join(map(say, b)), rel=say(rel)))
     return captions
 
@@ -140,14 +139,8 @@ def parse_caption(caption):
             text = text.replace(f" {word} ", f" {plain} ")
     thing = rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     relation = f"({'|'.join(RELATIONS)})"
-    plain = re.fullmatch(rf" (?:there is )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} ", text)
-    if plain:
-        g = plain.groups()
-        return facts(g[0:3], g[4:7], g[3])
-    turned = re.fullmatch(rf" a {thing} with a {thing} {relation} it ", text)
-    if turned:
-        g = turned.groups()
-        return facts(g[3:6], g[0:3], g[6])
+    match = re.fullmatch(rf" (?:there is )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} ", text)
+    return facts(match.groups()[0:3], match.groups()[4:7], match.groups()[3]) if match else None
 
 
 def components(mask):

@@ -360,7 +360,7 @@ def test_oracle_reads_rendered_scenes_and_captions():
         for i in range(len(scenes)):
             *truth, _, captions = scenes.scene(i)
             assert data.read_scene(scenes.image(i)) == data.facts(*truth)
-            assert len(captions) == 8
+            assert len(captions) == 6
             for caption in captions:
                 assert data.parse_caption(caption) == data.facts(*truth), caption
 
@@ -516,10 +516,10 @@ def test_tokens_view_draws_captions_and_nulls():
     halves = [data.encode_images(scenes, lambda x: x.flatten(1)[:, :4].mul(100), 64, rank, 2) for rank in (0, 1)]
     assert torch.equal(codes, halves[0] + halves[1])
     texts, first, cut = data.encode_captions(scenes, tok, 12)
-    assert texts.shape == (40, 12) and first == [0, 8, 16, 24, 32, 40] and cut == 40
+    assert texts.shape == (30, 12) and first == [0, 6, 12, 18, 24, 30] and cut == 30
     view = data.Tokens(codes, texts, first, null_prob=0.5)
     drawn = [view.item(2, random.Random(i)) for i in range(200)]
-    assert len({tuple(text.tolist()) for text, _, _ in drawn}) == len({tuple(t.tolist()) for t in texts[16:24]})
+    assert len({tuple(text.tolist()) for text, _, _ in drawn}) == len({tuple(t.tolist()) for t in texts[12:18]})
     assert all(torch.equal(image, codes[2].long()) for _, image, _ in drawn)
     assert 60 < sum(null.item() for *_, null in drawn) < 140
 
