@@ -44,6 +44,7 @@ class AugVAEConfig:
     commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
+    rate: float = 0.0  # of entropy-constrained quantisation, in variances of the codes a nat; 0 takes the nearest code
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
 
@@ -220,7 +221,8 @@ class Codebook(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.size, self.dim = config.codebook_size, config.codebook_dim
-        self.decay, self.eps, self.dead_below = config.ema_decay, config.ema_eps, config.dead_below
+        self.decay, self.eps = config.ema_decay, config.ema_eps
+        self.rate, self.dead_below = config.rate, config.dead_below
         self.register_buffer("weight", torch.randn(self.size, self.dim))
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
@@ -231,9 +233,15 @@ class Codebook(nn.Module):
         self.pending = None  # what collect() has gathered since the last update()
 
     def nearest(self, z, chunk=2 ** 24):
-        """(N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2, holding at most `chunk` distances at a time."""
-        half_norms = self.weight.square().sum(1) / 2  # |z|^2 is the same for all codes
-        codes = [torch.addmm(half_norms, part, self.weight.t(), alpha=-1).argmin(1)
+        """
+        (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2 - rate * var * log p_k, holding at most `chunk` of them at a time.
+        p is how often a code is used, and var the variance of the codes so used. With rate 0 that is the nearest code;
+        above 0, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
+        """
+        p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
+        var = p @ (self.weight - p @ self.weight).square().sum(1)
+        cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is the same for all codes
+        codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1).argmin(1)
                  for part in z.split(max(1, chunk // self.size))]
         return torch.cat(codes)
 
@@ -260,8 +268,8 @@ class Codebook(nn.Module):
         codes = codes.flatten()
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.pending is None:
-            self.pending = (z.new_zeros(self.size), torch.zeros_like(self.embed_sum),
-                            z.new_zeros(0), z.new_zeros(0, self.dim), 0)
+            self.pending = (z.new_zeros(self.size), torch.zeros_like(self.embed_sum), z.new_zeros(0),
+                            z.new_zeros(0, self.dim), 0)
         counts, sums, keys, candidates, calls = self.pending
         counts += torch.bincount(codes, minlength=self.size)
         sums.index_add_(0, codes, z)

@@ -18,6 +18,7 @@ import random
 import re
 import textwrap
 import time
+import zlib
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,8 +49,8 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# Never drawn for training or validation, though every attribute of each is, in all other company: composition is
-# measured on scenes that hold at least one of these.
+# Never drawn for training or validation, though every attribute of each is, in all other company: split `heldout` holds
+# scenes with at least one of these. Split `val` holds things seen in training, in combinations that were not.
 HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small", "blue", "square"),
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
 SCENE_SIDE = 64  # pixels
@@ -96,8 +97,16 @@ def paraphrases(first, second, relation, rng):
     return captions
 
 
+def split_of(first, second, relation):
+    """`heldout` where one of the things is; else one combination in ten of two things and relation is `val`."""
+    if {first, second} & HELD_OUT:
+        return "heldout"
+    key = repr(sorted(facts(first, second, relation)))
+    return "val" if zlib.crc32(key.encode()) % 10 == 0 else "train"
+
+
 class Scenes:
-    """Scene i of split `train`, `val` or `heldout` is a pure function of (split, i)."""
+    """Scene i of split `train`, `val` or `heldout` is a pure function of (split, i); the splits share no combination."""
 
     def __init__(self, split, n):
         self.split, self.n = split, n
@@ -110,9 +119,9 @@ class Scenes:
         rng = random.Random(f"scene {self.split} {i}")
         while True:
             first, second = ((rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(2))
-            if bool({first, second} & HELD_OUT) == (self.split == "heldout"):
+            relation = rng.choice(list(RELATIONS))
+            if split_of(first, second, relation) == self.split:
                 break
-        relation = rng.choice(list(RELATIONS))
         centres = [(SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dx + rng.choice(OFFSETS),
                     SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dy + rng.choice(OFFSETS))
                    for sign, (dx, dy) in ((1, RELATIONS[relation]), (-1, RELATIONS[relation]))]

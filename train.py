@@ -77,13 +77,13 @@ class TrainConfig:
 PRESETS = {
     "tiny": {
         "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 16, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
-             "n_groups": 8, "z_channels": 64, "codebook_size": 512, "codebook_dim": 32, "token_grid": 8,
-             "n_layer": 6, "n_head": 6, "n_embd": 192, "n_text": 24, "vocab_size": 512,
-             "n_scenes": 12288, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 16, "max_iters": 300, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 16, "max_iters": 600, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 64, "max_iters": 800, "learning_rate": 1e-3, "min_lr": 1e-5, "warmup_iters": 50,
-                  "weight_decay": 0.1},
+             "n_groups": 1, "z_channels": 64, "codebook_size": 128, "codebook_dim": 8, "rate": 0.003, "token_grid": 8,
+             "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
+             "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
+        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 900, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
+                  "weight_decay": 0.1, "eval_interval": 500, "log_interval": 50},
     },
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
