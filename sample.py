@@ -108,6 +108,21 @@ def save(picture, *where):
     print(f"wrote {path}")
 
 
+def show_reconstructions(run, paths):
+    """The image files over what their tokens keep of them."""
+    codes, pixels = run.encode([data.load_image(path) for path in paths])
+    pictures = [data.to_image(x) for x in pixels] + run.decode(codes)
+    save(data.contact_sheet(pictures, columns=len(paths)), run.config.out_dir, "reconstructed.png")
+
+
+def show_paintings(run, prompt):
+    """n images of one prompt, each by itself and all on a sheet."""
+    images = run.paint([prompt], run.config.n, run.config.seed)
+    for i, image in enumerate(images):
+        save(image, run.config.out_dir, f"painted_{i}.png")
+    save(data.contact_sheet(images, [prompt] * len(images)), run.config.out_dir, "painted.png")
+
+
 def show_both_ways(run, dataset):
     """A contact sheet of validation items: captions over what was painted, images over what was said."""
     items = range(len(dataset))
@@ -190,29 +205,20 @@ def main(argv):
     for name in ("prompt", "image"):
         if name in given and not given[name].strip():
             raise ValueError(f"--{name} is empty: give it {'a caption' if name == 'prompt' else 'an image file'}")
-    run = Run(config)
     if config.reconstruct:
-        images = [data.load_image(path) for path in config.reconstruct]
-        codes, pixels = run.encode(images)
-        pictures = [data.to_image(x) for x in pixels] + run.decode(codes)
-        return save(data.contact_sheet(pictures, columns=len(images)), config.out_dir, "reconstructed.png")
+        return show_reconstructions(Run(config), config.reconstruct)
     picture = data.load_image(config.image) if config.image else None
-    run.load_biart()
+    run = Run(config).load_biart()
     if config.prompt:
-        images = run.paint([config.prompt], config.n, config.seed)
-        for i, image in enumerate(images):
-            save(image, config.out_dir, f"painted_{i}.png")
-        return save(data.contact_sheet(images, [config.prompt] * len(images)), config.out_dir, "painted.png")
+        return show_paintings(run, config.prompt)
     if picture:
-        for caption in run.caption([picture], config.n, config.seed):
-            print(caption)
-        return None
+        return print("\n".join(run.caption([picture], config.n, config.seed)))
     data_config = configure({**run.settings, **given}, "biart", DataConfig)[0]
     val = data.open_data(data_config, "val")
     if not config.eval:
         return show_both_ways(run, data.spread(val, config.n))
     heldout = data.open_data(data_config, "heldout") if data_config.data == "scenes" else None
-    print(json.dumps({k: round(v, 4) for k, v in score(run, val, heldout).items()}))
+    return print(json.dumps({k: round(v, 4) for k, v in score(run, val, heldout).items()}))
 
 
 if __name__ == "__main__":

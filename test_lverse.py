@@ -577,6 +577,21 @@ def test_nearest_code_is_brute_force():
         assert torch.equal(book.nearest(z, chunk), brute)
 
 
+def test_entropy_constrained_quantisation_is_brute_force():
+    torch.manual_seed(0)
+    book, z = Codebook(dataclasses.replace(TINY, rate=0.3)), torch.randn(500, 6)
+    book.cluster_size.copy_(torch.arange(24.0) ** 3)
+    p = book.cluster_size / book.cluster_size.sum()
+    mean = sum(p[k] * book.weight[k] for k in range(24))
+    var = sum(p[k] * (book.weight[k] - mean).square().sum() for k in range(24))
+    brute = (torch.cdist(z, book.weight).square() - 0.3 * var * (p + 1e-9).log()).argmin(1)
+    assert (book.nearest(z) == brute).float().mean() > 0.99  # all but numerical ties
+    plain = Codebook(TINY)
+    plain.load_state_dict(book.state_dict())
+    assert codebook_use(torch.bincount(brute, minlength=24))[1] < codebook_use(
+        torch.bincount(plain.nearest(z), minlength=24))[1]
+
+
 def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
     torch.manual_seed(0)
     book = Codebook(TINY).train()
@@ -943,9 +958,9 @@ def test_train_all_leaves_a_whole_run(finished):
     for stage in train.STAGES:
         log = rows(out / f"{stage}.csv")
         assert list(log[0])[:2] == ["step", "loss"]
-        assert [int(r["step"]) for r in log] == [0, 1, 2, 3, 4]
-        assert all(r["val_loss"] and math.isfinite(float(r["val_loss"])) for r in log[::2])
-        assert not any(r["val_loss"] for r in log[1::2])
+        assert [int(r["step"]) for r in log] == [1, 2, 3, 4]
+        assert all(math.isfinite(float(r["loss"])) for r in log)
+        assert all(math.isfinite(float(r["val_loss"])) for r in log[1::2]) and not any(r["val_loss"] for r in log[::2])
         for name in (f"{stage}_loss.png", f"{stage}_000000.png", f"{stage}_000004.png"):
             assert Image.open(out / name).size[0] > 100
         checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
@@ -997,7 +1012,7 @@ def test_resume_continues_exactly(finished, tmp_path):
         python("train.py", *MINIATURE, "--out_dir", out, "--stage", stage, "--resume")
         ours, theirs = rows(out / f"{stage}.csv"), rows(whole / f"{stage}.csv")
         assert [r["step"] for r in ours] == [r["step"] for r in theirs]
-        assert [r["loss"] for r in ours[:3]] == [r["loss"] for r in theirs[:3]]
+        assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
 
 
 def test_coco_data_through_all_stages(tmp_path):
@@ -1020,7 +1035,7 @@ def test_two_ranks_train_alike_and_keep_one_codebook(tmp_path):
     for name, value in together.items():
         assert torch.allclose(value.float(), single[name].float(), atol=1e-5), name
     for stage in train.STAGES:
-        assert len(rows(out / f"{stage}.csv")) == 5
+        assert len(rows(out / f"{stage}.csv")) == 4
 
 
 def test_settings_are_typed_layered_and_documented():

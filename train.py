@@ -86,13 +86,13 @@ PRESETS = {
                   "weight_decay": 0.1, "eval_interval": 500, "log_interval": 50},
     },
     "small": {
-        "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
-             "n_groups": 8, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 64, "token_grid": 8,
-             "n_layer": 6, "n_head": 8, "n_embd": 256, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
+        "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 32, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
+             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.001, "token_grid": 8,
+             "n_layer": 6, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
              "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 600, "learning_rate": 1e-3, "min_lr": 1e-5},
-        "augvae_sl": {"batch_size": 8, "max_iters": 1200, "learning_rate": 1e-3, "min_lr": 1e-5},
-        "biart": {"batch_size": 32, "max_iters": 1500, "learning_rate": 1e-3, "min_lr": 1e-5, "weight_decay": 0.1},
+        "augvae_ml": {"batch_size": 8, "max_iters": 400, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 1800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 2e-3, "min_lr": 2e-5, "weight_decay": 0.1},
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000},
@@ -488,21 +488,24 @@ def train(stage, given):
     log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
     objective.train()
     began, spent, seen, step = time.time(), 0.0, 0, start
-    loss, parts = torch.tensor(float("nan")), {}
+    loss, parts = None, {}  # of the last step
     while True:
         lr = learning_rate_at(step, config)
         evaluating = step % config.eval_interval == 0 or step == config.max_iters
+        evaluating &= step > start or not saved  # a checkpoint that was just read need not be written again
         val_loss = evaluate() if evaluating else None
-        if context.rank == 0 and (evaluating or step % config.log_interval == 0):
+        if step == start:
+            if evaluating:
+                context.say(f"{stage} 0/{config.max_iters} val {val_loss:.4f}")
+        elif context.rank == 0 and (evaluating or step == 1 or step % config.log_interval == 0):
             parts = {k: float(v) for k, v in parts.items()}
-            rate = seen / spent if spent else 0.0
-            log.write(step, float(loss), val_loss, lr, rate, parts)
-            eta = (time.time() - began) / max(1, step - start) * (config.max_iters - step)
+            log.write(step, float(loss), val_loss, lr, seen / spent, parts)
+            eta = int((time.time() - began) / (step - start) * (config.max_iters - step))
             print(f"{stage} {step}/{config.max_iters} loss {float(loss):.4f} "
                   + " ".join(f"{k} {v:.4g}" for k, v in parts.items())
                   + (f" | val {val_loss:.4f}" if evaluating else "")
-                  + f" | lr {lr:.1e} | {rate:.0f} images/s | ETA {int(eta) // 60}:{int(eta) % 60:02d}", flush=True)
-        if evaluating and context.rank == 0 and (step > start or not saved):
+                  + f" | lr {lr:.1e} | {seen / spent:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
+        if evaluating and context.rank == 0:
             log.draw()
             save_checkpoint(path, {
                 "stage": stage, "step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
@@ -539,7 +542,7 @@ class Log:
 
     def __init__(self, stem, parts, start):
         self.stem, self.columns = stem, ["step", "loss", "val_loss", "lr", "images_per_s", *parts]
-        rows = [row for row in self.rows() if int(row["step"]) < start] if start else []
+        rows = [row for row in self.rows() if int(row["step"]) <= start] if start else []
         with open(f"{stem}.csv", "w", newline="") as f:
             writer = csv.DictWriter(f, self.columns)
             writer.writeheader()
