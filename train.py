@@ -119,9 +119,9 @@ class Parser(argparse.ArgumentParser):
                 if f.metadata.get("derived"):
                     continue
                 note = f"{comments.get(f.name, '')} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
-                bare = {"nargs": "?", "const": True} if f.type is bool else {}
-                group.add_argument(f"--{f.name}", type=readers.get(f.type, int_tuple), default=argparse.SUPPRESS,
-                                   metavar=getattr(f.type, "__name__", "ints"), help=note.strip(), **bare)
+                read, metavar, extra = kinds[f.type]
+                group.add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS, metavar=metavar,
+                                   help=note.strip(), **extra)
 
     def settings(self, argv):
         """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
@@ -148,7 +148,10 @@ def int_tuple(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
 
 
-readers = {int: int, float: float, str: str, bool: true_or_false}
+# How a setting of each type is read: conversion, how the help calls it, what else argparse should know.
+kinds = {int: (int, "int", {}), float: (float, "float", {}), str: (str, "text", {}),
+         bool: (true_or_false, "bool", {"nargs": "?", "const": True}), tuple[int, ...]: (int_tuple, "int,int,...", {}),
+         tuple[str, ...]: (str, "text", {"nargs": "+"})}
 
 
 def preset_values(preset, stage):
