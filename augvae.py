@@ -148,13 +148,13 @@ class Encoder(nn.Sequential):
     """(B, in_channels, s, s) -> (B, z_channels, s / 2^(m-1), s / 2^(m-1)) for m multipliers."""
 
     def __init__(self, in_channels, ch_mult, config):
-        c, ch = config.hidden, config.hidden * ch_mult[0]
+        c = config.hidden
         layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
         for i, mult in enumerate(ch_mult):
             last = i == len(ch_mult) - 1
             for j in range(config.n_res_blocks):
-                layers[f"down_{i}_block_{j}"] = ResBlock(c, ch := config.hidden * mult, config)
-                c = ch
+                layers[f"down_{i}_block_{j}"] = ResBlock(c, config.hidden * mult, config)
+                c = config.hidden * mult
                 if config.attention and last:
                     layers[f"down_{i}_attn_{j}"] = Attention(c, config)
             if not last:
@@ -307,9 +307,8 @@ class Codebook(nn.Module):
         self.cluster_size.lerp_(counts, 1 - decay)
         self.embed_sum.lerp_(sums, 1 - decay)
         threshold = self.dead_below * counts.sum() / self.size
-        dead = self.cluster_size < threshold
         best = keys.topk(min(self.max_revived, len(keys))).indices
-        dead = dead.nonzero().squeeze(1)[:len(best)]
+        dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]
         newborn = candidates[best[:len(dead)]]
         # A newborn starts light, so that it moves quickly to where it is used and is soon given up where it is not.
         self.cluster_size[dead] = 2 * threshold

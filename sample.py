@@ -124,7 +124,7 @@ def show_paintings(run, prompt):
 
 
 def show_both_ways(run, dataset):
-    """A contact sheet of validation items: captions over what was painted, images over what was said."""
+    """A contact sheet of validation items: what was painted over its caption, each image over what was said of it."""
     items = range(len(dataset))
     prompts, images = [dataset.captions(i)[0] for i in items], [dataset.image(i) for i in items]
     painted = run.paint(prompts, seed=run.config.seed)

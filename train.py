@@ -348,7 +348,7 @@ def read_augvae(name, given):
     return restore(AugVAE, AugVAEConfig, checkpoint)
 
 
-def prepare_augvae(stage, given, train_data, val_data, context):
+def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
     if stage == "augvae_ml":
