@@ -53,6 +53,8 @@ WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("l
 # scenes with at least one of these. Split `val` holds things seen in training, in combinations that were not.
 HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small", "blue", "square"),
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
+PHRASES = ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}", "we see a {a} {rel} a {b}",
+           "a {a} {rel} a {b}", "the {a} is {rel} the {b}")
 SCENE_SIDE = 64  # pixels
 BACKGROUND = (250, 248, 242)
 OFFSETS = (-4, 4)  # pixels that a thing lies off its place, each way: four places, on a lattice of eight
@@ -86,15 +88,20 @@ def draw_things(things, centres, scale=4):
 
 
 def paraphrases(first, second, relation, rng):
-    """(size, colour, shape) twice and a relation -> six captions, three in each order of mention."""
+    """
+    (size, colour, shape) twice and a relation -> six captions. Four go from left to right or from top to bottom, as most
+    people do, and two the other way: were it three and three, which thing is named first would tell nothing of where it
+    lies, and the two could be told apart only after what the relation means is known.
+    """
     def say(word):
         return rng.choice(WORDS.get(word, (word,)))
 
-    captions = []
-    for a, b, rel in ((first, second, relation), (second, first, OPPOSITE[relation])):
-        for template in ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}"):
-            captions.append(template.format(a=" ".join(map(say, a)), b=" ".join(map(say, b)), rel=say(rel)))
-    return captions
+    def phrase(template, a, b, rel):
+        return template.format(a=" ".join(map(say, a)), b=" ".join(map(say, b)), rel=say(rel))
+
+    ways = [(first, second, relation), (second, first, OPPOSITE[relation])]
+    forward, backward = ways if relation in ("left of", "above") else ways[::-1]
+    return [phrase(template, *(forward if i < 4 else backward)) for i, template in enumerate(PHRASES)]
 
 
 def split_of(first, second, relation):
@@ -148,7 +155,7 @@ def parse_caption(caption):
             text = text.replace(f" {word} ", f" {plain} ")
     thing = rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     relation = f"({'|'.join(RELATIONS)})"
-    match = re.fullmatch(rf" (?:there is )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} ", text)
+    match = re.fullmatch(rf" (?:there is |we see )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} ", text)
     return facts(match.groups()[0:3], match.groups()[4:7], match.groups()[3]) if match else None
 
 

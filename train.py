@@ -60,6 +60,7 @@ class TrainConfig:
     min_lr: float = 1e-6  # at the end of the cosine decay
     warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 1e-5  # on weights of two and more dimensions
+    optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for the matrices inside layers, AdamW for the rest
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
@@ -83,8 +84,8 @@ PRESETS = {
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
         "augvae_sl": {"batch_size": 8, "max_iters": 900, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
-                  "weight_decay": 0.1, "eval_interval": 500, "log_interval": 50},
+        "biart": {"batch_size": 32, "max_iters": 3200, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
+                  "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 500, "log_interval": 50},
     },
     "small": {
         "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 32, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
@@ -93,7 +94,8 @@ PRESETS = {
              "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 400, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
         "augvae_sl": {"batch_size": 8, "max_iters": 1800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 2e-3, "min_lr": 2e-5, "weight_decay": 0.1},
+        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 2e-3, "min_lr": 2e-5, "weight_decay": 0.1,
+                  "optimizer": "muon"},
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000},
@@ -408,20 +410,62 @@ def learning_rate_at(step, config):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
+def orthogonalise(matrix, steps=5):
+    """(rows, columns) -> the same singular vectors, singular values of 0.7 to 1.2: Newton-Schulz, by products alone."""
+    wide = matrix.shape[0] <= matrix.shape[1]
+    x = matrix if wide else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
+    return x if wide else x.T
+
+
+class Muon(torch.optim.AdamW):
+    """
+    AdamW, but in groups with "orthogonal" the step is the momentum, orthogonalised, so that a matrix turns equally fast in
+    all directions, weak ones too (Jordan et al. 2024). It is scaled to the size of AdamW's steps, hence one learning rate
+    for both (Liu et al. 2025, arXiv 2502.16982).
+    """
+    momentum = 0.95
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"] if group["orthogonal"] else ():
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                average.mul_(self.momentum).add_(p.grad)
+                update = orthogonalise((p.grad + self.momentum * average).flatten(1)).view_as(p)
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * max(update.flatten(1).shape) ** 0.5)
+                p.grad = None  # AdamW passes over what has no gradient
+        super().step()
+
+
 def make_optimizer(model, config, context):
-    decay = [p for p in model.parameters() if p.dim() >= 2]
+    """Weight decay for all weights of two and more dimensions; with muon, those inside layers are orthogonalised."""
+    layers = {module.weight for name, module in model.named_modules()
+              if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not name.startswith("head.")}
+    hidden = [p for p in model.parameters() if p in layers and config.optimizer == "muon"]
+    decay = [p for p in model.parameters() if p.dim() >= 2 and not any(p is h for h in hidden)]
     rest = [p for p in model.parameters() if p.dim() < 2]
-    groups = [{"params": decay, "weight_decay": config.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    context.say(f"{sum(p.numel() for p in decay):,} parameters with weight decay {config.weight_decay:g}, "
-                f"{sum(p.numel() for p in rest):,} without")
+    groups = [{"params": hidden, "weight_decay": config.weight_decay, "orthogonal": True},
+              {"params": decay, "weight_decay": config.weight_decay, "orthogonal": False},
+              {"params": rest, "weight_decay": 0.0, "orthogonal": False}]
+    context.say("{:,} parameters with orthogonal steps, {:,} others with weight decay, {:,} without".format(
+        *(sum(p.numel() for p in group["params"]) for group in groups)))
     fused = {"fused": True} if context.device.type == "cuda" else {}
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
+    return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
 
 
 def train(stage, given):
     """Run one stage from its beginning, or, with --resume, from its checkpoint, to max_iters."""
     config, data_config, vae_config, biart_config = configure(
         given, stage, TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
+    if config.optimizer not in ("adamw", "muon"):
+        raise ValueError(f"--optimizer {config.optimizer!r} is none of: adamw, muon")
     path = os.path.join(config.out_dir, f"{stage}.pt")
     saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
