@@ -405,10 +405,10 @@ def encode_captions(dataset, tokenizer, n_text):
 
 class Order:
     """
-    Batches of (index, place), endlessly, from step `start` on: epoch after epoch, each a fresh permutation of the data,
+    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of the data,
     cut into global batches of world * batch_size of which every rank takes its own stretch. `place` numbers the samples
-    drawn since the beginning of training. A pure function of (seed, rank, world, step), so a run resumes at the very
-    next sample.
+    drawn since the beginning of training. A pure function of (seed, start, rank, world), so a run resumes at the very
+    next sample, on any number of ranks.
     """
 
     def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1):
@@ -416,9 +416,8 @@ class Order:
         self.start, self.rank, self.world = start, rank, world
 
     def __iter__(self):
-        epoch, permutation, step = -1, None, self.start
+        epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
         while True:
-            begin = (step * self.world + self.rank) * self.batch_size
             batch = []
             for place in range(begin, begin + self.batch_size):
                 if place // self.n != epoch:
@@ -427,7 +426,7 @@ class Order:
                     permutation = torch.randperm(self.n, generator=generator)
                 batch.append((int(permutation[place % self.n]), place))
             yield batch
-            step += 1
+            begin += self.world * self.batch_size
 
 
 class Placed(torch.utils.data.Dataset):

@@ -5,14 +5,18 @@ $ pytest -q
 
 They compare with brute force, with a reference, or with the long way round; the last ones run the real commands.
 """
+import contextlib
 import csv
 import dataclasses
 import gzip
+import importlib.util
 import json
 import math
 import os
 import pickle
 import random
+import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -496,11 +500,12 @@ def test_order_covers_every_sample_once_and_resumes():
         assert places == list(range(steps * batch * world))
         for epoch in range(len(places) // n):
             assert sorted(indices[epoch * n:(epoch + 1) * n]) == list(range(n))
-        late = iter(data.Order(n, batch, 5, 7, 0, world))
-        early = iter(data.Order(n, batch, 5, 0, 0, world))
-        for _ in range(7):
-            next(early)
-        assert next(late) == next(early)
+        for other in (1, 2, 3):  # what one number of ranks began, another goes on with
+            begun = 7 * batch * world
+            late = [iter(data.Order(n, batch, 5, begun, rank, other)) for rank in range(other)]
+            after = [place for _ in range(5) for stream in late for _, place in next(stream)]
+            assert after == list(range(begun, begun + 5 * batch * other))
+            assert next(iter(data.Order(n, 1, 5, begun))) == [(indices[begun], begun)]
         # the ranks' batches side by side are the batch of one rank with a batch as large as all of them
         whole = next(iter(data.Order(n, batch * world, 5, 3, 0, 1)))
         assert whole == [key for rank in range(world) for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
@@ -1024,17 +1029,233 @@ def test_coco_data_through_all_stages(tmp_path):
     assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0
 
 
-def test_two_ranks_train_alike_and_keep_one_codebook(tmp_path):
-    out = tmp_path / "out"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    run(*torchrun, *MINIATURE, "--out_dir", out, "--batch_size=2", "--device=cpu")
-    alone = tmp_path / "alone"
-    python("train.py", *MINIATURE, "--out_dir", alone, "--stage=augvae_ml", "--batch_size=4")
-    together, single = (train.load_checkpoint(d / "augvae_ml.pt", "augvae_ml")["model"] for d in (out, alone))
-    for name, value in together.items():
-        assert torch.allclose(value.float(), single[name].float(), atol=1e-5), name
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def losses(out, stage):
+    return {r["step"]: r["loss"] for r in rows(out / f"{stage}.csv")}
+
+
+def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    given = [*MINIATURE, "--device=cpu", "--max_iters=5", "--dropout=0"]
+    run(*TORCHRUN, "train.py", *given, "--out_dir", out, "--batch_size=2")
+    alone.mkdir()
+    for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):
+        if before:  # both from the very same model
+            shutil.copy(out / before, alone)
+        python("train.py", *given, "--out_dir", alone, f"--stage={stage}", "--batch_size=4", "--overwrite")
+        together, single = (train.load_checkpoint(d / f"{stage}.pt", stage) for d in (out, alone))
+        assert together["samples"] == single["samples"] == 20
+        for name, value in together["model"].items():
+            assert torch.allclose(value.float(), single["model"][name].float(), atol=1e-5), (stage, name)
+        for ours, theirs in zip(losses(out, stage).values(), losses(alone, stage).values()):
+            assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_ranks_keep_one_codebook_bit_for_bit(tmp_path):
+    (tmp_path / "job.py").write_text(f"""
+import sys; sys.path.insert(0, {HERE!r})
+import torch, torch.distributed as dist
+from augvae import Codebook, AugVAEConfig
+dist.init_process_group("gloo")
+book = Codebook(AugVAEConfig(codebook_size=64, codebook_dim=4))
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    book.weight.normal_()
+torch.manual_seed(dist.get_rank())
+for step in range(50):
+    for _ in range(2):
+        z = torch.randn(3, 4, 5, 5) * (1 + dist.get_rank())
+        book.collect(z, book(z)[1])
+    book.update()
+books = [torch.empty_like(book.weight) for _ in range(2)]
+dist.all_gather(books, book.weight)
+print("equal" if torch.equal(*books) and book.cluster_size.sum() > 0 else "drifted apart", flush=True)
+""")
+    printed = run(*TORCHRUN, tmp_path / "job.py")
+    assert printed.count("equal") == 2 and "drifted" not in printed
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(finished, tmp_path):
+    out, _ = finished
+    for name, batch in (("whole", 8), ("parts", 4)):
+        shutil.copytree(out, tmp_path / name)
+        python("train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--overwrite", "--batch_size", batch,
+               "--gradient_accumulation_steps", 8 // batch)
+    whole, parts = (losses(tmp_path / name, "biart") for name in ("whole", "parts"))
+    for step, loss in whole.items():
+        assert float(loss) == pytest.approx(float(parts[step]), rel=1e-4)
+
+
+def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_path):
+    out, _ = finished
+
+    def biart(name, launcher, *given):
+        if not (tmp_path / name).exists():
+            shutil.copytree(out, tmp_path / name)
+        run(*launcher, "train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--device=cpu",
+            "--optimizer=adamw", "--learning_rate=1e-2", *given)
+        return list(map(float, losses(tmp_path / name, "biart").values()))
+
+    plain = biart("plain", [sys.executable], "--overwrite")
+    assert biart("again", [sys.executable], "--overwrite", "--checkpoint_activations") == plain
+    if importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is None:  # it came with torch 2.6
+        run(sys.executable, "train.py", *MINIATURE, "--out_dir", tmp_path / "again", "--stage=biart", "--shard", ok=False)
+        return
+    two = ["--batch_size=2", "--shard", "--checkpoint_activations"]
+    biart("sharded", TORCHRUN, "--overwrite", "--max_iters=2", "--learning_rate=1e-2", *two)
+    biart("plain2", [sys.executable], "--overwrite", "--max_iters=2", "--learning_rate=1e-2")
+    # a sharded run's checkpoint is an ordinary one: it goes on sharded, or alone
+    shutil.copytree(tmp_path / "sharded", tmp_path / "unsharded")
+    expected = biart("plain2", [sys.executable], "--resume", "--max_iters=4")
+    assert biart("sharded", TORCHRUN, "--resume", "--max_iters=4", *two) == pytest.approx(expected, rel=1e-4)
+    assert biart("unsharded", [sys.executable], "--resume", "--max_iters=4", "--shard=false") == pytest.approx(expected, rel=1e-4)
+
+
+def test_activation_checkpointing_keeps_augvae_losses(finished, tmp_path):
+    out, _ = finished
+    python("train.py", *MINIATURE, "--out_dir", tmp_path / "out", "--stage=augvae_ml", "--checkpoint_activations")
+    assert losses(tmp_path / "out", "augvae_ml") == losses(out, "augvae_ml")
+
+
+def started(*command):
+    return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_run_killed_at_any_moment_goes_on_exactly(finished, tmp_path):
+    whole, _ = finished
+    out, rng = tmp_path / "out", random.Random(0)
+    for attempt in range(4):
+        process = started(sys.executable, "train.py", *MINIATURE, "--out_dir", out,
+                          *(["--resume"] if any(out.glob("*.pt")) else []))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(3, 7))
+        process.kill()
+        process.communicate()
+    python("train.py", *MINIATURE, "--out_dir", out, *(["--resume"] if any(out.glob("*.pt")) else []))
     for stage in train.STAGES:
-        assert len(rows(out / f"{stage}.csv")) == 4
+        assert losses(out, stage) == losses(whole, stage)
+        ours, theirs = (train.load_checkpoint(d / f"{stage}.pt", stage)["model"] for d in (out, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_last_best_and_older_checkpoints(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    assert sorted(p.name for p in out.glob("augvae_ml*.pt")) == ["augvae_ml.pt", "augvae_ml_00000002.pt", "augvae_ml_best.pt"]
+    val = {int(r["step"]): float(r["val_loss"]) for r in rows(out / "augvae_ml.csv") if r["val_loss"]}
+    best = train.load_checkpoint(out / "augvae_ml_best.pt", "augvae_ml")
+    assert best["val_loss"] <= min(val.values()) + 1e-6
+    # steps are numbers, not text, and --keep says how many stay
+    assert list(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [2]
+    for step in range(9, 12):
+        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "step": step + 1}, previous=step, keep=2)
+    assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
+
+
+def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    last = out / "biart.pt"
+    last.write_bytes(last.read_bytes()[:3000])
+    # the settings of the run come from its checkpoint: nothing but --resume need be given
+    printed = python("train.py", "--out_dir", out, "--resume")
+    assert "biart.pt is not a whole checkpoint" in printed and "going back to" in printed and "resuming at step 2" in printed
+    assert losses(out, "biart") == losses(finished[0], "biart")
+    assert train.load_checkpoint(last, "biart")["step"] == 4
+    for path in out.glob("biart*.pt"):
+        path.write_bytes(b"")
+    assert "not a whole checkpoint" in refused("train.py", "--out_dir", out, "--resume", "--stage=biart")
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    blocks = (out / "augvae_ml.pt").stat().st_size // 1024 // 2  # half a checkpoint is all that can be written
+    command = f"ulimit -f {blocks}; exec {sys.executable} train.py --out_dir {out} --resume --max_iters=6 --stage=augvae_ml"
+    printed = run("bash", "-c", command, ok=False)
+    assert "could not be written" in printed and "Traceback" not in printed
+    assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
+    assert not list(out.glob("*.part"))
+    assert "resuming at step 4" in python("train.py", "--out_dir", out, "--resume", "--max_iters=6", "--stage=augvae_ml")
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
+def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, finished, tmp_path):
+    given = [*MINIATURE, "--stage=augvae_sl", "--max_iters=60", "--eval_interval=50", "--device=cpu", "--batch_size=2"]
+    for name in ("whole", "cut"):
+        shutil.copytree(finished[0], tmp_path / name)
+    run(*launcher, "train.py", *given, "--out_dir", tmp_path / "whole", "--overwrite")
+    process = started(*launcher, "train.py", *given, "--out_dir", tmp_path / "cut", "--overwrite")
+    for line in process.stdout:
+        if line.startswith("augvae_sl 10/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    printed, _ = process.communicate(timeout=60)
+    step = train.load_checkpoint(tmp_path / "cut" / "augvae_sl.pt", "augvae_sl")["step"]
+    assert 10 <= step < 60 and f"stopped at step {step}, saved to" in printed and process.returncode not in (0, None)
+    if launcher is not TORCHRUN:
+        assert process.returncode == 128 + signal.SIGTERM
+    run(*launcher, "train.py", "--out_dir", tmp_path / "cut", "--resume")
+    assert losses(tmp_path / "cut", "augvae_sl") == losses(tmp_path / "whole", "augvae_sl")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with train.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # the same Ctrl-C, by way of torchrun
+        assert signals.number == signal.SIGINT and not codes
+        signals.at -= 2
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypatch):
+    plain, calls = train.AugVAEObjective.forward, []
+
+    def forward(self, images, broken=(2, 3)):
+        loss, parts = plain(self, images)
+        if self.training:
+            calls.append(1)
+            if len(calls) in broken or len(calls) > 6:
+                loss = loss * (torch.nan if len(calls) == 2 else torch.inf)
+        return loss, parts
+
+    monkeypatch.setattr(train.AugVAEObjective, "forward", forward)
+    given = [*MINIATURE, "--stage=augvae_ml", "--out_dir", str(tmp_path)]
+    train.main([*given, "--max_iters=6"])
+    log = rows(tmp_path / "augvae_ml.csv")
+    assert [int(r["skipped"]) for r in log] == [0, 1, 2, 2, 2, 2]
+    assert [math.isfinite(float(r["loss"])) for r in log] == [True, False, False, True, True, True]
+    checkpoint = train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+    assert checkpoint["model"]["codebook.updates"] == 4  # the codebook did not move in the skipped steps either
+    with pytest.raises(ValueError, match="20 steps in a row.*augvae_ml.pt holds step 13"):
+        train.main([*given, "--resume", "--max_iters=40", "--eval_interval=13"])
+    assert all(v.isfinite().all() for v in train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")["model"].values())
+
+
+def test_a_rank_that_fails_takes_the_job_down(tmp_path):
+    (tmp_path / "job.py").write_text(f"""
+import os, sys; sys.path.insert(0, {HERE!r})
+import train
+plain = train.AugVAEObjective.after_step
+def after_step(self, skipped):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("rank one has had enough")
+    return plain(self, skipped)
+train.AugVAEObjective.after_step = after_step
+train.main(sys.argv[1:])
+""")
+    printed = run(*TORCHRUN, tmp_path / "job.py", *MINIATURE, "--device=cpu", "--out_dir", tmp_path / "out", "--batch_size=2",
+                  ok=False)  # within run()'s time limit
+    assert "rank one has had enough" in printed
 
 
 def test_settings_are_typed_layered_and_documented():
