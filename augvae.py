@@ -505,7 +505,7 @@ def from_lightning(cls, checkpoint, path):
     """What read_plain(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
     try:
         config, tensors = translate_released(checkpoint)
-    except (KeyError, AttributeError, TypeError) as e:
+    except (LookupError, AttributeError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is not a released AugVAE ({type(e).__name__}: {e})") from None
     model = cls(config)
     here = model.state_dict()
@@ -641,5 +641,5 @@ class LPIPS(nn.Module):
                 yield h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)
 
     def forward(self, a, b):
-        return sum(F.conv2d((x - y).square(), getattr(self, f"lin{i}")).mean((1, 2, 3))
+        return sum(((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
                    for i, (x, y) in enumerate(zip(self.compared(a), self.compared(b))))
