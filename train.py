@@ -121,8 +121,8 @@ PRESETS = {
 #                                                            batches, and a codebook that is young follows no big steps
 #   halved (at least 1e-6) when the loss of the last batch   cosine: ends at max_iters, whatever eval_interval is, and
 #     of an epoch has not fallen for 10; then 10 to wait       hangs on no noisy comparison
-#   crops of 0.75 to 1 times the picture's area              of the centre square's: of a 4:3 picture no square of 0.75
-#                                                            times its area fits in, so it would never be cropped
+#   crops of 0.75 to 1 times the picture's area              of the centre square's: in a 4:3 picture no square of more
+#                                                            than 0.75 times its area has room, so none is ever enlarged
 #   gradients as they are                                    clipped to norm 1: one bad batch does not undo a thousand
 #   weight decay 1e-5 on all parameters                      not on biases and norms, as usual
 #
@@ -578,7 +578,7 @@ def train(stage, given):
     optimizer = make_optimizer(model, config, context)
     scaler = context.scaler()
     torch.manual_seed(config.seed + context.rank)
-    start, plateau = 0, Plateau(**saved["plateau"]) if saved else Plateau()
+    start, plateau = 0, Plateau(**(saved or {}).get("plateau", {}))
     if saved:
         for key, value in surroundings.items():
             if saved[key] != value:
