@@ -462,8 +462,8 @@ class AugVAE(nn.Module):
     @classmethod
     def from_released(cls, path):
         """
-        The model in a checkpoint of the released code, AugVAE-ML or AugVAE-SL, in eval mode on the CPU. It computes
-        what the released code computes with it, and can be trained further: the codebook's averages come with it.
+        The model in a checkpoint of the released code, AugVAE-ML or AugVAE-SL, in eval mode on the CPU.
+        It computes what the released code computes with it, and can be trained further, codebook included.
         Raises ValueError where the file is missing, damaged or something else, or asks to run code.
         """
         return from_lightning(cls, read_plain(path), path)
@@ -482,8 +482,9 @@ RELEASED_NAMES = (  # what a module of the released encoders and decoders is cal
 
 def read_plain(path):
     """
-    The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace (which
-    takes torch 2.5). Nothing in it is run. Raises ValueError where it is missing, damaged, or holds anything else.
+    The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace
+    (which takes torch 2.5). Nothing in it is run.
+    Raises ValueError where the file is missing, damaged, or holds anything else.
     """
     let_in = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
     try:
@@ -494,8 +495,8 @@ def read_plain(path):
     except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
         raise ValueError(f"{path} is not a whole file of weights ({type(e).__name__})" if not found else
-                         f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, an "
-                         "argparse.Namespace are read") from None
+                         f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, "
+                         "an argparse.Namespace are read") from None
     if not hasattr(content, "keys"):
         raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
     return content
@@ -519,8 +520,8 @@ def from_lightning(cls, checkpoint, path):
 
 def translate_released(checkpoint):
     """
-    A released checkpoint's dict -> AugVAEConfig, and its tensors by our names. Sizes come from the tensors, but for
-    the side of the image, which leaves no trace in them: it and the knobs of training are in the hyper-parameters.
+    A released checkpoint's dict -> AugVAEConfig, and its tensors by our names. Sizes come from the tensors,
+    but for the side of the image, which leaves no trace in them; it is in the hyper-parameters.
     """
     state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("loss.")}
     settings = checkpoint["hyper_parameters"]
@@ -575,13 +576,14 @@ def translate_released(checkpoint):
 
 # Name in the torch hub cache, as much of the SHA-256 hash as is known, address
 VGG_FILE = "vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"
-LPIPS_FILE = ("lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-              "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+LPIPS_FILE = (
+    "lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
 
 
 def fetched(flag, name, sha256, url):
     """
-    Path of a file in the torch hub cache. Where it is missing it is downloaded to there, and its hash is checked.
+    Path of a file in the torch hub cache. Where it is missing it is downloaded to there, its hash checked.
     Raises OSError, with the ways to go on, where it cannot be had.
     """
     path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
@@ -590,21 +592,21 @@ def fetched(flag, name, sha256, url):
             os.makedirs(os.path.dirname(path), exist_ok=True)
             torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
         except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
-            raise OSError(f"LPIPS needs {name}, which could not be downloaded from {url} ({e}): put it at {path}, "
-                          f"or give it by --{flag}; --loss l2 trains without") from None
+            raise OSError(f"LPIPS needs {name}, which could not be downloaded from {url} ({e}): "
+                          f"put it at {path}, or give it by --{flag}; --loss l2 trains without") from None
     return path
 
 
 class LPIPS(nn.Module):
     """
-    Learned perceptual distance: images a, b (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), 0 and above.
+    Learned perceptual distance: images a, b (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), from 0 up.
 
-    VGG-16's features after five of its layers, each scaled to length 1 over channels; the squared differences,
-    weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg" of the
-    lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
+    VGG-16's features after five of its layers, each scaled to length 1 over channels; squared differences,
+    weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
+    of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
 
-    `vgg_weights` is torchvision's file of VGG-16; `lpips_weights` is the release's, with keys lin0.model.1.weight ...
-    One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
+    `vgg_weights` is torchvision's file of VGG-16; `lpips_weights` that of lpips, with keys lin0.model.1.weight
+    and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
     Raises OSError where a file cannot be had, ValueError where it is another.
     """
     taps = (3, 8, 15, 22, 29)  # of torchvision's layers: the last ReLU of each resolution
@@ -625,8 +627,8 @@ class LPIPS(nn.Module):
         for i, tap in enumerate(self.taps):
             channels, weight = self.features[tap - 1].out_channels, lpips.get(f"lin{i}.model.1.weight")
             if weight is None or weight.shape != (1, channels, 1, 1):
-                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: it has no lin{i}.model.1.weight "
-                                 f"of {channels} channels")
+                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: "
+                                 f"it has no lin{i}.model.1.weight of {channels} channels")
             self.register_buffer(f"lin{i}", weight.float())
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))

@@ -35,7 +35,7 @@ class DataConfig:
     val_captions: str = ""  # coco: captions JSON of the validation images
     n_scenes: int = 12288  # scenes: how many different ones to train on
     crop_scale: float = 0.75  # training crops keep at least this share of the centre square's area; 1 = centre crop
-    crop_of: str = "square"  # what crop_scale is a share of: the centre square, or the whole picture (the release)
+    crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (the release)
     workers: int = 0  # loader processes per rank; 0 reads in the training process
 
 
@@ -323,8 +323,8 @@ def open_data(config, split):
 def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
     """
     PIL image -> float tensor (3, size, size) in [-1, 1]: the centre square, or, given an rng, a random square of
-    `scale` to 1 times its area. With of="picture", of the picture's area: ten tries at a square that fits into it, and
-    else the centre square (torchvision's RandomResizedCrop).
+    `scale` to 1 times its area. With of="picture", times the picture's area: ten tries at a square that has room,
+    and else the centre square (as torchvision's RandomResizedCrop).
     """
     w, h = image.size
     side = min(w, h)

@@ -70,7 +70,7 @@ class Run:
         return self
 
     def encode(self, images):
-        """PIL images -> codes LongTensor (B, n), of all grids, finest first, and what was encoded (B, 3, size, size)."""
+        """PIL images -> codes LongTensor (B, n), finest grid first, and what was encoded (B, 3, size, size)."""
         pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images]).to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels

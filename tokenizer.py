@@ -301,7 +301,7 @@ class Tokenizer:
         """
         Exactly `length` >= 1 ids, and whether the text had to be cut: text, end token, then pad tokens.
         A text that is too long is cut, not its end token: [257, 258, 101, 114] in 4 -> [257, 258, 101, end]
-        Where a text spells out one of CLIP's special tokens, that is left out: an end token ends the text, always.
+        What spells out one of CLIP's special tokens is left out, so that the first end token is the end.
         Raises ValueError if length is below 1.
         """
         if length < 1:

@@ -48,18 +48,18 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 @dataclass
 class TrainConfig:
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px pictures), released (256 px), original (same, trained as the release was)
+    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px), released (256 px), original
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
     seed: int = 1337  # of initial weights, order and crops
     batch_size: int = 8  # images per rank and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
-    init_from: str = ""  # AugVAE that the first stage of this run begins with: a checkpoint of ours or a released one
+    init_from: str = ""  # AugVAE that this run's first stage begins with: our checkpoint or a released one
     max_iters: int = 100000  # optimizer steps of a stage
     learning_rate: float = 1e-4  # after warm-up
     scale_lr: bool = False  # multiply learning_rate by the number of images in a step
-    schedule: str = "cosine"  # of the learning rate: cosine, or plateau: halved where the validation loss stops falling
+    schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
     min_lr: float = 1e-6  # at the end of the schedule
     warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 1e-5  # on weights of two and more dimensions
@@ -69,11 +69,11 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
     loss: str = "l2"  # AugVAE's loss between images: l2, l1, or either with LPIPS: lpips_l2, lpips_l1
     lpips_weight: float = 0.1  # of LPIPS in that
-    vgg_weights: str = ""  # torchvision's file of VGG-16, for LPIPS; empty is the one in the torch hub cache, or a download
-    lpips_weights: str = ""  # file of LPIPS's learned weights for VGG-16; empty as above
+    vgg_weights: str = ""  # torchvision's VGG-16, for LPIPS; empty: from the torch hub cache, or a download
+    lpips_weights: str = ""  # LPIPS's own weights for VGG-16; empty: as above
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
     vocab_size: int = 8192  # largest text vocabulary to train
-    tokenizer: str = ""  # text vocabulary to use instead of training one: a tokenizer.json or CLIP's merge list (.txt.gz)
+    tokenizer: str = ""  # vocabulary to use instead of training one: tokenizer.json or CLIP's .txt.gz
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
@@ -115,19 +115,19 @@ PRESETS = {
 
 # How the release trains AugVAE, and what all other presets do instead:
 #
-#   the release                                              instead, and why
-#   learning rate 4.5e-6 times the images in a step          given as it is used: Adam's step does not grow with the batch
-#   no warm-up                                               linear: Adam's averages of the first steps are those of a few
-#                                                            batches, and a codebook that is young follows no big steps
-#   halved (at least 1e-6) when the loss of the last batch   cosine: ends at max_iters, whatever eval_interval is, and
-#     of an epoch has not fallen for 10; then 10 to wait       hangs on no noisy comparison
-#   crops of 0.75 to 1 times the picture's area              of the centre square's: in a 4:3 picture no square of more
-#                                                            than 0.75 times its area has room, so none is ever enlarged
-#   gradients as they are                                    clipped to norm 1: one bad batch does not undo a thousand
-#   weight decay 1e-5 on all parameters                      not on biases and norms, as usual
+#   the release                                       instead, and why
+#   learning rate 4.5e-6 times the images of a step   given as it is used: Adam's steps do not grow with the batch
+#   no warm-up                                        linear: Adam's first averages are of few batches, and a young
+#                                                     codebook cannot follow an encoder in big steps
+#   halved, down to 1e-6, when the loss (of an        cosine: reaches its end at max_iters, whatever eval_interval
+#     epoch's last batch) has not fallen 10 times       is, and depends on no comparison of noisy numbers
+#   crops: 0.75 to 1 times the picture's area         times the centre square's: in a 4:3 picture no square of more
+#                                                     than 0.75 times its area has room, so that all stay one size
+#   gradients as they are                             clipped to norm 1: one bad batch does not undo a thousand
+#   weight decay 1e-5 on all parameters               not on biases and norms, which it would only pull to zero
 #
-# Preset `original` is `released` with the left column, except that the plateau is one of the validation loss, which is
-# looked at every --eval_interval steps and is the same on all ranks, and weight decay, which matters little at 1e-5.
+# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation loss at
+# every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no difference worth an option.
 ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau", "min_lr": 1e-6,
             "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
 PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][stage], **ORIGINAL}
@@ -245,8 +245,9 @@ def load_augvae(path):
     checkpoint = read_plain(path)
     if "state_dict" in checkpoint:  # Lightning's name
         return from_lightning(AugVAE, checkpoint, path)
-    if checkpoint.get("stage") not in ("augvae_ml", "augvae_sl"):
-        raise ValueError(f"{path} is a checkpoint of {checkpoint.get('stage', 'something else')}, not of an AugVAE")
+    stage = checkpoint.get("stage", "something else")
+    if stage not in ("augvae_ml", "augvae_sl"):
+        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
     return restore(AugVAE, AugVAEConfig, checkpoint)
 
 
@@ -337,7 +338,7 @@ class AugVAEObjective(nn.Module):
         self.model = vae
         self.terms = {"pixel": (1.0, losses[config.loss])}
         if config.loss.startswith("lpips_"):
-            self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # not part of the model: not in checkpoints
+            self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # outside of what checkpoints hold
             self.terms["lpips"] = (config.lpips_weight, self.lpips)
         self.parts = (*self.terms, "commit", "codebook_use", "perplexity")
 
@@ -392,36 +393,44 @@ def read_augvae(name, given):
     """
     config = configure(given, name, TrainConfig)[0]
     path = config.init_from or os.path.join(config.out_dir, f"{name}.pt")
-    vae = load_augvae(path) if config.init_from else restore(AugVAE, AugVAEConfig, load_checkpoint(path, name))
-    for key, value in dataclasses.asdict(vae.config).items():
+    if config.init_from:
+        vae = load_augvae(path)
+    else:
+        vae = restore(AugVAE, AugVAEConfig, load_checkpoint(path, name))
+    has = dataclasses.asdict(vae.config)
+    if vae.config.single_level:
+        has["token_grid"] = vae.config.single_level
+    for key, value in has.items():
         if given.get(key, value) != value:
             raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
-    if vae.config.single_level not in (0, given.get("token_grid", vae.config.single_level)):
-        raise ValueError(f"--token_grid {given['token_grid']} contradicts {path}, which has {vae.config.single_level}")
     return vae
 
 
 def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
-    vae = AugVAE(vae_config) if stage == "augvae_ml" and not config.init_from else read_augvae("augvae_ml", given)
+    if stage == "augvae_ml" and not config.init_from:
+        vae = AugVAE(vae_config)
+    else:
+        vae = read_augvae("augvae_ml", given)
+    if stage == "augvae_ml" and vae.config.single_level:
+        raise ValueError(f"{config.init_from} is AugVAE-SL, of which no AugVAE-ML can be made: "
+                         "--stage augvae_sl trains it, --stage biart uses it")
     if stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
-    if stage == "augvae_ml" and vae.config.single_level:
-        raise ValueError(f"{config.init_from} is AugVAE-SL, from which no AugVAE-ML comes: it fits --stage augvae_sl, biart")
     views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale, data_config.crop_of)
              for d in (train_data, val_data)]
     return AugVAEObjective(vae, config), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
-    """As prepare_augvae: trains the tokenizer (or reads it, with --resume or --tokenizer), encodes both data sets once."""
+    """As prepare_augvae: trains the tokenizer (or, with --resume or --tokenizer, reads it), encodes both data sets."""
     config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
     if not vae.config.single_level:
-        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: --stage augvae_sl makes one from it")
+        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: --stage augvae_sl makes it of that")
     path = os.path.join(config.out_dir, "tokenizer.json")
     given_tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
@@ -477,8 +486,8 @@ def learning_rate_at(step, config, factor=1.0):
 @dataclass
 class Plateau:
     """
-    Halves `factor` when more than 10 losses in a row have not been the lowest, by 1 in 10,000; the next 10 do not count.
-    The same as torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), as plain numbers.
+    Halves `factor` after more than 10 losses in a row that were no new best, by 1 in 10,000; then 10 do not count.
+    Like torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), in plain numbers.
     """
     factor: float = 1.0
     best: float = math.inf
@@ -648,7 +657,8 @@ def train(stage, given):
             save_checkpoint(path, {
                 "stage": stage, "step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
                 "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-                "plateau": dataclasses.asdict(plateau), "val_loss": val_loss, "settings": dict(given), **surroundings})
+                "plateau": dataclasses.asdict(plateau),
+                "val_loss": val_loss, "settings": dict(given), **surroundings})
         if step == config.max_iters:
             break
 
