@@ -48,7 +48,7 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 @dataclass
 class TrainConfig:
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px), released (256 px), original
+    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64 px), released (256 px), original (trained as in the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
@@ -332,12 +332,14 @@ class AugVAEObjective(nn.Module):
 
     def __init__(self, vae, config):
         super().__init__()
-        losses = {"l2": F.mse_loss, "l1": F.l1_loss, "lpips_l2": F.mse_loss, "lpips_l1": F.l1_loss}
+        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether LPIPS is added
+                  "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
         if config.loss not in losses:
             raise ValueError(f"--loss {config.loss!r} is none of: {', '.join(losses)}")
+        pixel_loss, perceptual = losses[config.loss]
         self.model = vae
-        self.terms = {"pixel": (1.0, losses[config.loss])}
-        if config.loss.startswith("lpips_"):
+        self.terms = {"pixel": (1.0, pixel_loss)}  # weight and loss
+        if perceptual:
             self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # outside of what checkpoints hold
             self.terms["lpips"] = (config.lpips_weight, self.lpips)
         self.parts = (*self.terms, "commit", "codebook_use", "perplexity")
