@@ -21,12 +21,13 @@ from augvae import AugVAE, AugVAEConfig, codebook_use
 from biart import BiART, BiARTConfig
 from data import DataConfig
 from tokenizer import Tokenizer
-from train import Context, Parser, configure, fingerprint, load_checkpoint, restore
+from train import Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, restore
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = "out"  # the run to use, as train.py's
+    vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
     prompt: str = ""  # paint this caption
     image: str = ""  # caption this image file
     reconstruct: tuple[str, ...] = ()  # show these image files over their reconstructions
@@ -47,9 +48,12 @@ class Run:
 
     def __init__(self, config):
         self.config, self.context = config, Context(config.device, config.dtype, wide=False)
-        checkpoint = load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl")
-        self.vae = restore(AugVAE, AugVAEConfig, checkpoint).to(self.context.device)
-        self.settings = checkpoint["settings"]
+        if config.vae:
+            vae = load_augvae(config.vae)
+        else:
+            vae = restore(AugVAE, AugVAEConfig,
+                          load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl"))
+        self.vae = vae.to(self.context.device)
         self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
 
     def load_biart(self):
@@ -60,20 +64,23 @@ class Run:
         self.tokenizer = Tokenizer.load(os.path.join(self.config.out_dir, "tokenizer.json"))
         for name, print_ in (("augvae", fingerprint(self.vae)), ("tokenizer", self.tokenizer.fingerprint())):
             if checkpoint[name] != print_:
-                raise ValueError(f"{path} was trained with another {name} than the one in {self.config.out_dir}")
+                where = self.config.vae if name == "augvae" and self.config.vae else self.config.out_dir
+                raise ValueError(f"{path} was trained with another {name} than the one in {where}")
         self.biart = restore(BiART, BiARTConfig, checkpoint).to(self.context.device)
         return self
 
     def encode(self, images):
-        """PIL images -> codes LongTensor (B, n_image) and what was encoded (B, 3, size, size)."""
+        """PIL images -> codes LongTensor (B, n), finest grid first, and what was encoded (B, 3, size, size)."""
         pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images]).to(self.context.device)
         with self.context.autocast():
-            return self.vae.encode(pixels)[0].flatten(1), pixels
+            return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
     def decode(self, codes):
-        """Codes (B, n_image) -> PIL images."""
+        """Codes (B, n), as encode() gives them -> PIL images."""
+        sides = self.vae.config.grids
+        grids = [part.unflatten(1, (s, s)) for part, s in zip(codes.split([s * s for s in sides], 1), sides)]
         with self.context.autocast():
-            return [data.to_image(x) for x in self.vae.decode([codes.view(-1, self.side, self.side)])]
+            return [data.to_image(x) for x in self.vae.decode(grids)]
 
     def tokenize(self, captions):
         """Captions -> LongTensor (B, n_text); says so where one is cut."""
@@ -206,6 +213,7 @@ def main(argv):
         if name in given and not given[name].strip():
             raise ValueError(f"--{name} is empty: give it {'a caption' if name == 'prompt' else 'an image file'}")
     if config.reconstruct:
+        os.makedirs(config.out_dir, exist_ok=True)  # with --vae there need be no run
         return show_reconstructions(Run(config), config.reconstruct)
     picture = data.load_image(config.image) if config.image else None
     run = Run(config).load_biart()

@@ -42,7 +42,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from augvae import AugVAE, AugVAEConfig, ResBlock
+from augvae import LPIPS, AugVAE, AugVAEConfig, ResBlock, from_lightning, read_plain
 from biart import BiART, BiARTConfig, Block
 from data import DataConfig
 from tokenizer import Tokenizer
@@ -53,16 +53,19 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 @dataclass
 class TrainConfig:
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px pictures), released (256 px, GPUs)
+    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64 px), released (256 px), original (trained as in the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
     seed: int = 1337  # of initial weights, order and crops
     batch_size: int = 8  # images per rank and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
+    init_from: str = ""  # AugVAE that this run's first stage begins with: our checkpoint or a released one
     max_iters: int = 100000  # optimizer steps of a stage
     learning_rate: float = 1e-4  # after warm-up
-    min_lr: float = 1e-6  # at the end of the cosine decay
+    scale_lr: bool = False  # multiply learning_rate by the number of images in a step
+    schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
+    min_lr: float = 1e-6  # at the end of the schedule
     warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 1e-5  # on weights of two and more dimensions
     optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for the matrices inside layers, AdamW for the rest
@@ -71,9 +74,13 @@ class TrainConfig:
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
     checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass instead of keeping them
     shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
-    loss: str = "l2"  # AugVAE's pixel loss: l2 or l1
+    loss: str = "l2"  # AugVAE's loss between images: l2, l1, or either with LPIPS: lpips_l2, lpips_l1
+    lpips_weight: float = 0.1  # of LPIPS in that
+    vgg_weights: str = ""  # torchvision's VGG-16, for LPIPS; empty: from the torch hub cache, or a download
+    lpips_weights: str = ""  # LPIPS's own weights for VGG-16; empty: as above
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
     vocab_size: int = 8192  # largest text vocabulary to train
+    tokenizer: str = ""  # vocabulary to use instead of training one: tokenizer.json or CLIP's .txt.gz
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
@@ -106,13 +113,33 @@ PRESETS = {
                   "optimizer": "muon"},
     },
     "released": {
-        "": {"vocab_size": 49408, "warmup_iters": 2000},
+        "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
         "augvae_ml": {"batch_size": 4, "max_iters": 300000},
         "augvae_sl": {"batch_size": 8, "max_iters": 100000},
         "biart": {"batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
                   "beta2": 0.95},
     },
 }
+
+# How the release trains AugVAE, and what all other presets do instead:
+#
+#   the release                                       instead, and why
+#   learning rate 4.5e-6 times the images of a step   given as it is used: Adam's steps do not grow with the batch
+#   no warm-up                                        linear: Adam's first averages are of few batches, and a young
+#                                                     codebook cannot follow an encoder in big steps
+#   halved, down to 1e-6, when the loss (of an        cosine: reaches its end at max_iters, whatever eval_interval
+#     epoch's last batch) has not fallen 10 times       is, and depends on no comparison of noisy numbers
+#   crops: 0.75 to 1 times the picture's area         times the centre square's: in a 4:3 picture no square of more
+#                                                     than 0.75 times its area has room, so that all stay one size
+#   gradients as they are                             clipped to norm 1: one bad batch does not undo a thousand
+#   weight decay 1e-5 on all parameters               not on biases and norms, which it would only pull to zero
+#
+# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation loss at
+# every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no difference worth an option.
+ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau", "min_lr": 1e-6,
+            "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
+PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][stage], **ORIGINAL}
+                                                 for stage in ("augvae_ml", "augvae_sl")}}
 
 
 # -----------------------------------------------------------------------------
@@ -265,6 +292,20 @@ def restore(cls, config_cls, checkpoint):
     return model.eval()
 
 
+def load_augvae(path):
+    """
+    The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
+    Raises ValueError where it is neither.
+    """
+    checkpoint = read_plain(path)
+    if "state_dict" in checkpoint:  # Lightning's name
+        return from_lightning(AugVAE, checkpoint, path)
+    stage = checkpoint.get("stage", "something else")
+    if stage not in ("augvae_ml", "augvae_sl"):
+        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
+    return restore(AugVAE, AugVAEConfig, checkpoint)
+
+
 def fingerprint(model):
     """Short hash of all weights, by which a checkpoint names the model it belongs to."""
     h = hashlib.sha256()
@@ -377,21 +418,28 @@ def cpu_flags():
 # Stages: what the one loop below trains
 
 class AugVAEObjective(nn.Module):
-    """Pixel loss + commitment. forward((images,)) -> loss, {part: value}."""
-    parts = ("pixel", "commit", "codebook_use", "perplexity")
+    """Pixel loss + LPIPS, if asked for, + commitment. forward((images,)) -> loss, {part: value}."""
     copies = 1  # of a sample in a validation batch
 
-    def __init__(self, vae, loss):
+    def __init__(self, vae, config):
         super().__init__()
-        losses = {"l2": F.mse_loss, "l1": F.l1_loss}
-        if loss not in losses:
-            raise ValueError(f"--loss {loss!r} is none of: {', '.join(losses)}")
-        self.model, self.pixel_loss = vae, losses[loss]
+        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether LPIPS is added
+                  "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
+        if config.loss not in losses:
+            raise ValueError(f"--loss {config.loss!r} is none of: {', '.join(losses)}")
+        pixel_loss, perceptual = losses[config.loss]
+        self.model = vae
+        self.terms = {"pixel": (1.0, pixel_loss)}  # weight and loss
+        if perceptual:
+            self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # outside of what checkpoints hold
+            self.terms["lpips"] = (config.lpips_weight, self.lpips)
+        self.parts = (*self.terms, "commit", "codebook_use", "perplexity")
 
     def forward(self, images):
         reconstruction, commitment, _ = self.model(images, collect=self.training)
-        pixel = self.pixel_loss(reconstruction.float(), images)
-        return pixel + commitment, {"pixel": pixel.detach(), "commit": commitment.detach()}
+        parts = {name: loss(reconstruction.float(), images).mean() for name, (_, loss) in self.terms.items()}
+        loss = sum(weight * parts[name] for name, (weight, _) in self.terms.items()) + commitment
+        return loss, {name: value.detach() for name, value in (*parts.items(), ("commit", commitment))}
 
     def after_step(self, skipped):
         """The codebook's own step, from what the forward passes collected; a skipped step drops that."""
@@ -436,35 +484,60 @@ class BiARTObjective(nn.Module):
 
 
 def read_augvae(name, given):
-    """The AugVAE that an earlier stage left in out_dir. Raises ValueError where it contradicts what was asked for."""
-    path = os.path.join(configure(given, name, TrainConfig)[0].out_dir, f"{name}.pt")
-    checkpoint = load_checkpoint(path, name)
-    for key, value in checkpoint["config"].items():
+    """
+    The AugVAE of --init_from, or else the one that the stage of that name left in out_dir.
+    Raises ValueError where it contradicts what was asked for.
+    """
+    config = configure(given, name, TrainConfig)[0]
+    path = config.init_from or os.path.join(config.out_dir, f"{name}.pt")
+    if config.init_from:
+        vae = load_augvae(path)
+    else:
+        vae = restore(AugVAE, AugVAEConfig, load_checkpoint(path, name))
+    has = dataclasses.asdict(vae.config)
+    if vae.config.single_level:
+        has["token_grid"] = vae.config.single_level
+    for key, value in has.items():
         if given.get(key, value) != value:
             raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
-    return restore(AugVAE, AugVAEConfig, checkpoint)
+    return vae
 
 
 def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
-    if stage == "augvae_ml":
+    if stage == "augvae_ml" and not config.init_from:
         vae = AugVAE(vae_config)
     else:
-        vae = read_augvae("augvae_ml", given).single_level(config.token_grid)
-    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
-    return AugVAEObjective(vae, config.loss), *views, {}
+        vae = read_augvae("augvae_ml", given)
+    if stage == "augvae_ml" and vae.config.single_level:
+        raise ValueError(f"{config.init_from} is AugVAE-SL, of which no AugVAE-ML can be made: "
+                         "--stage augvae_sl trains it, --stage biart uses it")
+    if stage == "augvae_sl" and not vae.config.single_level:
+        vae = vae.single_level(config.token_grid)
+    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale, data_config.crop_of)
+             for d in (train_data, val_data)]
+    return AugVAEObjective(vae, config), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
-    """As prepare_augvae: trains (or, with --resume, reads) the tokenizer, and encodes both data sets, once."""
+    """As prepare_augvae: trains the tokenizer (or, with --resume or --tokenizer, reads it), encodes both data sets."""
     config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
+    if not vae.config.single_level:
+        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: --stage augvae_sl makes it of that")
     path = os.path.join(config.out_dir, "tokenizer.json")
+    given_tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
         tokenizer = Tokenizer.load(path)
+        if given_tokenizer and given_tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, which the run began with")
+    elif given_tokenizer:
+        tokenizer = given_tokenizer
+        if context.rank == 0:
+            tokenizer.save(path)
     else:
         began = time.time()
         texts = [c for i in range(len(train_data)) for c in train_data.captions(i)]
@@ -497,12 +570,34 @@ def prepare_biart(stage, given, train_data, val_data, context):
 # -----------------------------------------------------------------------------
 # The loop
 
-def learning_rate_at(step, config):
-    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters."""
+def learning_rate_at(step, config, factor=1.0):
+    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters, or a Plateau's factor."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
+    if config.schedule == "plateau":
+        return max(config.min_lr, config.learning_rate * factor)
     share = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass
+class Plateau:
+    """
+    Halves `factor` after more than 10 losses in a row that were no new best, by 1 in 10,000; then 10 do not count.
+    Like torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), in plain numbers.
+    """
+    factor: float = 1.0
+    best: float = math.inf
+    bad: int = 0
+    cooldown: int = 0
+
+    def step(self, loss):
+        better = loss < self.best * (1 - 1e-4)
+        self.best = loss if better else self.best
+        self.bad = 0 if better or self.cooldown else self.bad + 1
+        self.cooldown = max(0, self.cooldown - 1)
+        if self.bad > 10:
+            self.factor, self.bad, self.cooldown = self.factor / 2, 0, 10
 
 
 def orthogonalise(matrix, steps=5):
@@ -630,11 +725,15 @@ def train(stage, given):
         given, stage, TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {config.optimizer!r} is none of: adamw, muon")
+    if config.schedule not in ("cosine", "plateau"):
+        raise ValueError(f"--schedule {config.schedule!r} is none of: cosine, plateau")
     sharded = config.shard and stage == "biart"
     if sharded and config.optimizer == "muon":
         raise ValueError("--shard goes with --optimizer adamw: muon needs whole matrices")
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
     context = Context(config.device, config.dtype, wide)
+    if config.scale_lr:
+        config.learning_rate *= context.world * config.batch_size * config.gradient_accumulation_steps
     path = os.path.join(config.out_dir, f"{stage}.pt")
     saved, newest = last_checkpoint(path, stage, context.say) if config.resume else (None, False)
     if saved and saved["step"] >= config.max_iters:
@@ -674,12 +773,12 @@ def train(stage, given):
         checkpoint_activations(model)
     if sharded:
         shard(model)
-    optimizer = make_optimizer(model, config, context)
-    scaler = context.scaler()
+    optimizer, plateau, scaler = make_optimizer(model, config, context), Plateau(), context.scaler()
     torch.manual_seed(config.seed + context.rank)
     if saved:
         load_optimizer(optimizer, saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
+        plateau = Plateau(**saved["plateau"])
         context.restore_random_state(saved["random"])
     del saved
     wrapped = torch.compile(objective) if config.compile else objective
@@ -715,6 +814,7 @@ def train(stage, given):
             "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step, "val_loss": val_loss,
             "config": dataclasses.asdict(model.config), "model": whole(model.state_dict()),
             "optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict(), "tally": tally,
+            "plateau": dataclasses.asdict(plateau),
             "random": context.gather(context.random_state()), "settings": dict(given), **surroundings}
         if context.rank == 0:
             save_checkpoint(path, content, on_disk, config.keep, best=val_loss is not None and val_loss <= tally["best"])
@@ -730,11 +830,12 @@ def train(stage, given):
     with Signals() as signals:
         stopping = 0
         while True:
-            lr = learning_rate_at(step, config)
             due = step % config.eval_interval == 0 or step == config.max_iters
             if due and val_loss is None:
                 val_loss = evaluate()
                 tally["best"] = min(tally["best"], val_loss)
+                plateau.step(val_loss)
+            lr = learning_rate_at(step, config, plateau.factor)
             if context.rank == 0 and step == 0:
                 print(f"{stage} 0/{config.max_iters} val {val_loss:.4f}", flush=True)
             elif context.rank == 0 and (due or step == 1 or step % config.log_interval == 0):
@@ -874,6 +975,7 @@ def main(argv):
                          "keeps both")
     for name in stages:
         train(name, given)
+        given = {**given, "init_from": ""}  # the next stage begins with what this one left
 
 
 def settings_of(out_dir):
