@@ -494,7 +494,7 @@ def read_plain(path):
         raise ValueError(f"there is no file {path}") from None
     except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
         found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
-        raise ValueError(f"{path} is not a whole file of weights ({type(e).__name__})" if not found else
+        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})" if not found else
                          f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, "
                          "an argparse.Namespace are read") from None
     if not hasattr(content, "keys"):

@@ -272,13 +272,10 @@ def load_checkpoint(path, stage):
     The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
     Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it") from None
-    except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
-        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
-    if not isinstance(checkpoint, dict) or "stage" not in checkpoint:
+    if not os.path.exists(path):
+        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
+    checkpoint = read_plain(path)
+    if "stage" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if checkpoint["stage"] != stage:
         raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
