@@ -8,8 +8,9 @@ $ python train.py
 On your own captioned pictures, in the MS-COCO layout:
 $ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
 
-On 8 GPUs, one stage:
-$ torchrun --nproc_per_node=8 train.py --preset released --stage augvae_ml --data coco ...
+On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
+$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --data imagenet \
+      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val --batch_size 4 --epochs 2 --workers 2
 
 A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
 (pictures as training goes), tokenizer.json. sample.py reads it.
@@ -21,11 +22,15 @@ import dataclasses
 import difflib
 import hashlib
 import inspect
+import json
 import math
 import os
 import random
 import re
+import resource
+import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -56,6 +61,7 @@ class TrainConfig:
     batch_size: int = 8  # images per rank and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     max_iters: int = 100000  # optimizer steps of a stage
+    epochs: float = 0.0  # passes over the training data, instead of max_iters
     learning_rate: float = 1e-4  # after warm-up
     min_lr: float = 1e-6  # at the end of the cosine decay
     warmup_iters: int = 100  # steps of linear warm-up
@@ -70,6 +76,10 @@ class TrainConfig:
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
+    cache_tokens: str = ""  # folder for the data sets as tokens, for other runs to share; empty: tokens/ in out_dir
+    cache_crops: int = 1  # tokens of how many random crops of a training image to keep; 1 keeps those of the centre
+    bench: str = ""  # measure instead of training: data (images/s of the loader)
+    json: bool = False  # bench: print one JSON object last
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
@@ -350,6 +360,11 @@ def read_augvae(name, given):
     return restore(AugVAE, AugVAEConfig, checkpoint)
 
 
+def bad_images(config, stage):
+    """Where a stage notes what data it could not read."""
+    return os.path.join(config.out_dir, f"{stage}_bad_images.log")
+
+
 def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
@@ -357,13 +372,15 @@ def prepare_augvae(stage, given, train_data, val_data, _context):
         vae = AugVAE(vae_config)
     else:
         vae = read_augvae("augvae_ml", given).single_level(config.token_grid)
-    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
+    size = vae.config.image_size
+    views = data.Pixels(train_data, size, data_config.crop_scale), data.Pixels(val_data, size, 1.0)
     return AugVAEObjective(vae, config.loss), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
     """As prepare_augvae: trains (or, with --resume, reads) the tokenizer, and encodes both data sets, once."""
-    config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
+    config, data_config, biart_config = configure(given, stage, TrainConfig, DataConfig, BiARTConfig)
+    log = bad_images(config, stage)
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
@@ -372,7 +389,7 @@ def prepare_biart(stage, given, train_data, val_data, context):
         tokenizer = Tokenizer.load(path)
     else:
         began = time.time()
-        texts = [c for i in range(len(train_data)) for c in train_data.captions(i)]
+        texts = data.all_captions(train_data, log)
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions in {time.time() - began:.1f} s")
         if context.rank == 0:
@@ -386,17 +403,20 @@ def prepare_biart(stage, given, train_data, val_data, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    views = []
-    for dataset, null_prob in ((train_data, biart_config.null_prob), (val_data, 0.0)):
-        codes = data.encode_images(dataset, encode, vae.config.image_size, context.rank, context.world)
-        codes = context.sum(codes.to(context.device)).cpu()
-        texts, first, cut = data.encode_captions(dataset, tokenizer, biart_config.n_text)
-        if cut:
-            context.say(f"warning: {cut:,} of {len(texts):,} captions are longer than --n_text {biart_config.n_text} "
-                        "and were cut")
-        views.append(data.Tokens(codes, texts, first, null_prob))
+    def add(tensor):
+        return context.sum(tensor.to(context.device)).cpu()
+
+    views, key = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    own = not config.cache_tokens
+    for split, dataset, crops, null_prob in (("train", train_data, config.cache_crops, biart_config.null_prob),
+                                             ("val", val_data, 1, 0.0)):
+        source = data.Encodable(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
+                                data_config.crop_scale, log, data_config.workers)
+        folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
+        data.encode_tokens(source, encode, folder, key, own, context.rank, context.world, add)
+        views.append(data.Tokens(folder, null_prob))
     objective = BiARTObjective(BiART(biart_config), vae, tokenizer)
-    return objective, *views, {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    return objective, *views, key
 
 
 # -----------------------------------------------------------------------------
@@ -469,14 +489,22 @@ def train(stage, given):
     path = os.path.join(config.out_dir, f"{stage}.pt")
     saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
+    log_path = bad_images(config, stage)
+    if not saved and os.path.exists(log_path) and os.environ.get("RANK", "0") == "0":
+        os.remove(log_path)
     context = Context(config.device, config.dtype, wide)
     os.makedirs(config.out_dir, exist_ok=True)
+    datasets = [data.open_data(data_config, split, log_path) for split in ("train", "val")]
+    if config.epochs:
+        a_step = context.world * config.batch_size * config.gradient_accumulation_steps
+        config.max_iters = math.ceil(config.epochs * len(datasets[0]) / a_step)
     if saved and saved["step"] >= config.max_iters:
         context.say(f"{stage}: done already, {saved['step']} steps")
         return
 
-    datasets = [data.open_data(data_config, split) for split in ("train", "val")]
-    datasets[1] = data.spread(datasets[1], config.eval_images)
+    if stage == "biart" and not all(d.captioned for d in datasets):
+        raise ValueError(f"--stage biart needs captions, and --data {data_config.data} has none here")
+    datasets[1] = data.spread(datasets[1], config.eval_images, log_path)
     if min(map(len, datasets)) < context.world:
         raise ValueError(f"{min(map(len, datasets))} images are too few for {context.world} ranks")
     torch.manual_seed(config.seed)  # all ranks build the same model
@@ -507,7 +535,7 @@ def train(stage, given):
 
     micro = config.gradient_accumulation_steps
     loader = data.batches(train_view, config.batch_size, config.seed, start * micro, context.rank, context.world,
-                          data_config.workers)
+                          data_config.workers, data_config.shuffle_buffer, log_path)
 
     def to_device(batch):
         return [x.to(context.device, non_blocking=True) for x in batch]
@@ -583,6 +611,9 @@ def train(stage, given):
         spent += time.time() - tick
         seen += config.batch_size * micro * context.world
     context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
+    faults = data.count_faults(log_path)
+    if faults:
+        context.say(f"{stage}: {faults:,} files could not be read or were damaged: {log_path} names them")
 
 
 class Log:
@@ -643,6 +674,56 @@ class Log:
 
 
 # -----------------------------------------------------------------------------
+# Measurements
+
+def photograph(width, height):
+    """Smooth colours and the grain of a camera, which as JPEG of quality 90 take 1.5 to 2 bits a pixel."""
+    smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), Image.BICUBIC)
+    turned = smooth.transpose(Image.ROTATE_180)
+    colours = Image.merge("RGB", (smooth, turned, smooth.transpose(Image.FLIP_LEFT_RIGHT)))
+    return Image.blend(colours, Image.effect_noise((width, height), 40).convert("RGB"), 0.1)
+
+
+def bench_data(_config, size=256, rounds=7, seconds=0.5):
+    """
+    Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's ImageFolder,
+    RandomResizedCrop and ToTensor on the same files in turns; medians of the rounds.
+    """
+    from torchvision import datasets, transforms  # which nothing else here needs
+    usual = transforms.Compose([transforms.RandomResizedCrop(size), transforms.ToTensor()])
+    threads, rng, sources = torch.get_num_threads(), random.Random(0), {}
+    torch.set_num_threads(1)
+    for width, height, count in ((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2)):
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "class"))
+            for i in range(count):
+                photograph(width, height).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
+            view = data.Pixels(data.read_folder(folder), size, DataConfig.crop_scale)
+            peer = datasets.ImageFolder(folder, usual)
+            rates = {"ours": [], "torchvision": []}
+            for _ in range(rounds):
+                for name, rate in rates.items():
+                    began, done = time.process_time(), 0
+                    while time.process_time() - began < seconds or done < count:
+                        if name == "ours":
+                            view.item(done % count, rng)
+                        else:
+                            peer[done % count]
+                        done += 1
+                    rate.append(done / (time.process_time() - began))
+        found = sources[f"{width}x{height}"] = {name: statistics.median(rate) for name, rate in rates.items()}
+        print(f"{width} x {height} JPEG to {size} x {size}: {found['ours']:.0f} images/s per core, torchvision "
+              f"{found['torchvision']:.0f}, ratio {found['ours'] / found['torchvision']:.2f}", flush=True)
+    torch.set_num_threads(threads)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return {"median_s": 1 / sources["500x375"]["ours"], "peak_gb": peak, "device": "cpu", "dtype": "float32",
+            "size": size, "images_s": sources}
+
+
+BENCHES = {"data": bench_data}
+
+
+# -----------------------------------------------------------------------------
 
 def main(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -655,7 +736,19 @@ def main(argv):
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
     stages = STAGES if stage == "all" else (stage,)
-    config = configure(given, stage, TrainConfig)[0]
+    config, data_config = configure(given, stage, TrainConfig, DataConfig)
+    if config.bench:
+        if config.bench not in BENCHES:
+            raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
+        measured = BENCHES[config.bench](config)
+        if config.json:
+            print(json.dumps(measured))
+        return
+    if "biart" in stages and data_config.data in data.UNCAPTIONED:
+        raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: train augvae_ml and "
+                         "augvae_sl, one --stage after the other")
+    if config.epochs and "max_iters" in given:
+        raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict each other: give one")
     there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
     if there and not (config.resume or config.overwrite):
         raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
