@@ -592,10 +592,10 @@ def expand(pattern):
         else:
             paths = [path for name in braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part)
                      for path in sorted(glob.glob(name)) or [name]]
-        absent = [path for path in paths if not os.path.isfile(path)]
-        if absent or not paths:
-            raise ValueError(f"there is no tar shard {absent[0] if absent else part}")
         found += paths
+    absent = [path for path in found if not os.path.isfile(path)]
+    if absent or not found:
+        raise ValueError(f"there is no tar shard {absent[0] if absent else pattern}")
     return found
 
 
