@@ -1498,6 +1498,85 @@ def test_coco_data_through_all_stages(tmp_path):
     assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0
 
 
+def spoil(folder):
+    """Break two images of four below a folder that layout() made, in different ways."""
+    (folder / "train" / "class 0" / "2.png").write_bytes(b"")
+    (folder / "train" / "class 1" / "3.png").unlink()
+    (folder / "train" / "class 1" / "3.png").symlink_to("3.png")
+
+
+def test_tar_shards_through_all_stages_the_last_on_two_ranks(tmp_path):
+    settings = layout("tar", tmp_path, 14)
+    whole = (tmp_path / "000.tar").read_bytes()
+    (tmp_path / "002.tar").write_bytes(whole[:len(whole) // 2])
+    pack(tmp_path / "003.tar", [("x.png", b"no image"), ("x.txt", b"words")])
+    where = [f"--{name}={value}" for name, value in {**settings, "train_dir": tmp_path}.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    rest = [a for a in MINIATURE if not a.startswith(("--max_iters", "--batch_size"))]
+    rest += [*where, "--batch_size=2", "--epochs=0.6", "--cache_tokens", str(tmp_path / "cache"), "--cache_crops=2"]
+    for stage in train.STAGES[:2]:
+        train.main([*rest, "--stage", stage, "--out_dir", str(tmp_path / "out")])
+    printed = run(*torchrun, *rest, "--stage=biart", "--workers=1", "--device=cpu", "--out_dir", tmp_path / "out")
+    n = len(data.Tar(data.expand(str(tmp_path))))
+    assert n == 14 + 3 + 1
+    for stage, batch in zip(train.STAGES, (2, 2, 4)):
+        assert len(rows(tmp_path / "out" / f"{stage}.csv")) == math.ceil(0.6 * n / batch)
+        assert "002.tar is cut" in (tmp_path / "out" / f"{stage}_bad_images.log").read_text()
+    assert "biart: 2 files could not be read or were damaged" in printed and "biart_bad_images.log names them" in printed
+    assert "003.tar: x.png is not an image" in (tmp_path / "out" / "biart_bad_images.log").read_text()
+    tokens = data.Tokens(str(tmp_path / "cache" / "train"))
+    assert len(tokens) == n - 1 and tokens.codes.shape[1] == 2
+    # another run uses the same cache, unless its models differ
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    train.main([*rest, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    train.main([*rest, "--stage=augvae_sl", "--out_dir", str(tmp_path / "out"), "--overwrite", "--seed=3"])
+    with pytest.raises(ValueError, match="cache/train holds tokens of another augvae"):
+        train.main([*rest, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    own = [a for a in rest if "cache" not in a]
+    train.main([*own, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out" / "tokens" / "train" / "codes.npy").exists()
+
+
+def test_training_goes_on_over_bad_images_and_resumes_exactly(tmp_path, capsys):
+    settings = layout("folder", tmp_path / "data", 7)
+    spoil(tmp_path / "data")
+    whole = [*MINIATURE, "--stage=augvae_ml", "--workers=1", *(f"--{name}={value}" for name, value in settings.items())]
+    train.main([*whole, "--out_dir", str(tmp_path / "a")])
+    assert "augvae_ml: 2 files could not be read or were damaged" in capsys.readouterr().out
+    train.main([*whole, "--out_dir", str(tmp_path / "b"), "--max_iters=2"])
+    train.main([*whole, "--out_dir", str(tmp_path / "b"), "--resume"])
+    ours, theirs = (rows(tmp_path / name / "augvae_ml.csv") for name in "ab")
+    assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
+    names = set((tmp_path / "a" / "augvae_ml_bad_images.log").read_text().splitlines())
+    assert len(names) == 2 and all(any(bad in name for name in names) for bad in ("2.png is not", "3.png is not"))
+    for name in ("0", "1", "4", "5"):
+        (tmp_path / "data" / "train" / f"class {int(name) % 2}" / f"{name}.png").write_bytes(b"")
+    assert "samples could not be read" in refused("train.py", *whole, "--out_dir", tmp_path / "c")
+
+
+def test_settings_of_data_that_contradict_are_refused(tmp_path):
+    where = ["--data=folder", "--train_dir", str(tmp_path), "--val_dir", str(tmp_path), "--out_dir", str(tmp_path / "out")]
+    for arguments, message in [
+        ([], "--data folder has no captions, which --stage biart needs"), (["--stage=augvae_ml"], "holds no image"),
+        (["--stage=augvae_ml", "--epochs=1", "--max_iters=3"], "--epochs 1.0 and --max_iters 3"),
+        (["--stage=augvae_ml", "--epochs=-1"], "--epochs -1.0"), (["--bench=gpu"], "--bench 'gpu' is none of: data"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.main([*where, *arguments])
+
+
+def test_bench_data_measures_both(capsys, monkeypatch):
+    monkeypatch.setitem(train.BENCHES, "data", lambda config: bench_data(
+        config, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
+    bench_data = train.bench_data
+    train.main(["--bench=data", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["median_s"] > 0
+    assert len(lines) == len(found["images_s"]) == 2 and all("torchvision" in line for line in lines)
+
+
 def test_two_ranks_train_alike_and_keep_one_codebook(tmp_path):
     out = tmp_path / "out"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
