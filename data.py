@@ -1,20 +1,21 @@
 """
 Captioned pictures: where they come from, how they reach a model, and how they are drawn again.
 
-A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list of str`; `--data` says of which layout:
+A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list of str`. Layouts, `--data`:
 
     scenes    built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
     fake      random pixels and random words, of any size, to measure with
-    imagenet  train/ and val/ with train_list.txt and val_list.txt beside them (lines `relative/path.JPEG label`), or without
+    imagenet  train/ and val/; beside them, if any, train_list.txt and val_list.txt: `relative/path.JPEG label`
     folder    any tree of images
     pairs     images, each with a text file of the same stem: one caption a line
     coco      a folder of images and a JSON of captions: MS-COCO's own, or the Karpathy split
     tsv       lines `caption TAB path of the image`, as of Conceptual Captions
     tar       WebDataset shards: key.jpg, key.txt (one caption a line), the next key, ...
 
-A view turns what is read into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for BiART.
-`batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank, world and step.
-What cannot be read raises Unreadable, is noted in a log by Faults, and another sample takes its place.
+A view turns what is read into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for
+BiART. `batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank,
+world and step. What cannot be read raises Unreadable, is noted in a log by Faults, and another sample takes
+its place.
 
 The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and `parse_caption` from words,
 so that text-to-image and image-to-text are both scored by whether the content is right.
@@ -45,26 +46,29 @@ from PIL import Image, ImageDraw, ImageFont
 
 @dataclass
 class DataConfig:
-    data: str = "scenes"  # what to train on: scenes (built in), imagenet, folder, pairs, coco, tsv, tar or fake
-    train_dir: str = ""  # training data: a folder; tsv: the file; tar: shards, as a/{000..099}.tar, a glob, a,b or @list
+    data: str = "scenes"  # scenes (built in), imagenet, folder, pairs, coco, tsv, tar or fake
+    # training data: folder; tsv: the file; tar: shards as {00..99}.tar, glob, a,b or @list
+    train_dir: str = ""
     train_captions: str = ""  # coco: captions JSON of the training images
     val_dir: str = ""  # validation data, as train_dir
     val_captions: str = ""  # coco: captions JSON of the validation images
     n_scenes: int = 12288  # scenes, fake: how many different ones to train on
     fake_size: tuple[int, ...] = (256, 256)  # fake: width and height, pixels
     index_dir: str = ""  # tar: folder for the shards' indices; empty: beside the shards
-    shuffle_buffer: int = 4096  # tar: how many samples are shuffled among each other, beside the shards' own order
+    shuffle_buffer: int = 4096  # tar: how many samples are shuffled among each other, besides the shards
     crop_scale: float = 0.75  # training crops keep at least this share of the centre square's area; 1 = centre crop
     workers: int = 0  # loader processes per rank; 0 reads in the training process
 
 
 class Dataset:
-    """What all layouts have in common. image(i, least) may be smaller than the file, its shorter side not below least."""
+    """
+    What all layouts have in common. image(i, least) may shrink an image, its shorter side not below least.
+    """
     captioned = True  # whether captions(i) holds any
-    shards = None  # where samples lie in few large files: the first sample of each; they are read shard by shard
+    shards = None  # where samples lie in few large files, to be read one by one: the first sample of each
 
     def identity(self):
-        """A short hash of which samples these are, by names and captions, not by the contents of image files."""
+        """A short hash of which samples these are: of names and captions, not of the contents of images."""
         raise NotImplementedError
 
 
@@ -72,7 +76,7 @@ def digest(*parts):
     """Arrays and plain values -> a short hash."""
     h = hashlib.sha256()
     for part in parts:
-        h.update(np.ascontiguousarray(part).tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+        h.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
     return h.hexdigest()[:16]
 
 
@@ -271,13 +275,13 @@ class Unreadable(ValueError):
 
 class Faults:
     """
-    What could not be read: each sentence once per process in a log file (on stderr where there is none), and counts that
-    this process shares with its loader processes.
+    What could not be read: each sentence once per process in a log file (on stderr where there is none), and
+    counts that this process shares with its loader processes.
     """
 
     def __init__(self, log="", workers=0):
         self.log, self.noted = log, set()
-        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # tried, bad; a row a process
+        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # a process: tried, bad
 
     def note(self, sentence):
         if sentence not in self.noted:
@@ -300,8 +304,8 @@ class Faults:
 
     def check(self, n=1000, stuck=False):
         """
-        Raises OSError where more than half of the first thousand samples (of all n, if there are fewer) could not be read,
-        or where one is stuck.
+        Raises OSError where more than half of the first thousand samples (of all n, if there are fewer) could
+        not be read, or where one is stuck.
         """
         tried, bad = self.counts.sum(0).tolist()
         if stuck or bad > min(n, 1000) / 2 and 2 * bad > tried:
@@ -317,8 +321,9 @@ def count_faults(log):
         return len(set(f))
 
 
+# What undoes each value of the EXIF orientation tag
 TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}  # what undoes each value of the EXIF tag
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
 
 
 def upright(image):
@@ -332,9 +337,9 @@ def upright(image):
 
 def load_image(file, least=0, name=None):
     """
-    Any file that Pillow reads (a path, or an open file and its name) -> PIL image in RGB, upright by its EXIF tag,
-    transparency laid over white, 16-bit grey scaled to 8. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size where its
-    shorter side stays at `least` pixels or more; 0 keeps its size.
+    Any file that Pillow reads (a path, or an open file and its name) -> PIL image in RGB, upright by its EXIF
+    tag, transparency laid over white, 16-bit grey scaled to 8. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size where its shorter side stays at `least` pixels or more; 0 keeps its size.
     Raises Unreadable where it is no whole image, or has more pixels than twice Pillow's MAX_IMAGE_PIXELS.
     """
     try:
@@ -352,14 +357,16 @@ def load_image(file, least=0, name=None):
     except FileNotFoundError:
         raise Unreadable(f"there is no image {file}") from None
     except Exception as e:  # noqa: BLE001 - broken files make Pillow's decoders fail in every way
-        why = e.strerror if isinstance(e, OSError) and e.strerror else " ".join(str(e).split()) or type(e).__name__
+        why = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
 
 
 def caption_lines(text, name):
-    """The bytes of a caption file -> its captions, one a line. Raises Unreadable where it holds none, or is not UTF-8."""
+    """
+    The bytes of a caption file -> its captions, one a line. Raises Unreadable if it has none or is not UTF-8.
+    """
     try:
-        lines = text.decode("utf-8-sig").splitlines()
+        lines = text.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise Unreadable(f"caption file {name} is not UTF-8") from None
     captions = [line.strip() for line in lines if line.strip()]
@@ -372,7 +379,7 @@ def list_lines(path):
     """The lines of a text file. Raises ValueError that names it where it is missing or not UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return f.read().splitlines()
+            return f.read().split("\n")  # and not at the odder ends of lines that splitlines() knows
     except FileNotFoundError:
         raise ValueError(f"there is no file {path!r}") from None
     except UnicodeDecodeError as e:
@@ -396,7 +403,9 @@ def whole(path):
 # Layouts on disk
 
 class Texts:
-    """Many strings in one block of bytes, which loader processes share; of a list of objects each would get its own."""
+    """
+    Many strings in one block of bytes, which loader processes share; of a list each would soon have a copy.
+    """
 
     def __init__(self, texts):
         encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
@@ -412,7 +421,7 @@ class Texts:
 
 class Files(Dataset):
     """
-    Image files, by paths below a root, and the captions of each, if any: what every layout but tar comes down to.
+    Image files, by paths below a root, and the captions of each, if any: what most layouts come down to.
     Raises ValueError where there are none, or none of a hundred of them is there.
     """
 
@@ -423,7 +432,8 @@ class Files(Dataset):
         if not any(os.path.lexists(os.path.join(root, path)) for path in some):
             raise ValueError(f"{source} names images that are not in {root or '.'}, {some[0]} for one")
         self.root, self.paths, self.captioned = root, Texts(paths), bool(captions)
-        self.texts = Texts(text.encode("utf-8", "replace").decode() for several in captions for text in several)
+        captions = [[text.encode("utf-8", "replace").decode() for text in several] for several in captions]
+        self.texts = Texts(text for several in captions for text in several)
         self.first = np.cumsum([0, *map(len, captions)])  # captions of image i: first[i] up to first[i + 1]
 
     def __len__(self):
@@ -441,8 +451,9 @@ class Files(Dataset):
 
 def walk(folder):
     """
-    All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice, so that a loop
-    of links ends. Raises ValueError where there is no such folder, OSError where one cannot be listed.
+    All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice, so
+    that a loop of links ends. Raises ValueError where there is no such folder, OSError where one cannot be
+    listed.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
@@ -472,7 +483,9 @@ def read_folder(folder):
 
 
 def read_imagenet(folder):
-    """Images named in FOLDER_list.txt, relative to the folder or to where the list lies; without a list, as a folder."""
+    """
+    Images named in FOLDER_list.txt, by paths from the folder or from the list; without a list, all in it.
+    """
     listing = f"{os.path.normpath(folder)}_list.txt"
     if not os.path.exists(listing):
         return read_folder(folder)
@@ -483,12 +496,13 @@ def read_imagenet(folder):
 
 
 class Pairs(Files):
-    """Images with a caption file of the same path but for the ending `.txt`; images without one are left out."""
+    """Images with a caption file of the same path but for the ending `.txt`; others are left out."""
 
     def __init__(self, folder):
         paths = walk(folder)
         stems = {path[:-4] for path in paths if path.endswith(".txt")}
-        images = [path for path in paths if ending(path) in IMAGE_ENDINGS and os.path.splitext(path)[0] in stems]
+        images = [path for path in paths
+                  if ending(path) in IMAGE_ENDINGS and os.path.splitext(path)[0] in stems]
         if not images:
             raise ValueError(f"{folder} holds no image with a text file of the same stem")
         super().__init__(folder, folder, images)
@@ -505,9 +519,10 @@ class Pairs(Files):
 
 def read_coco(folder, captions, split):
     """
-    A folder of images, and a JSON of one of two kinds. MS-COCO's own: `images` (id, file_name) and `annotations`
-    (image_id, caption). The Karpathy split: `images` (filepath if any, filename, split, sentences with `raw`), of which
-    `train` takes train and restval, and `val` takes val. Images without a caption are left out.
+    A folder of images, and a JSON of one of two kinds. MS-COCO's own: `images` (id, file_name) and
+    `annotations` (image_id, caption). The Karpathy split: `images` (filepath if any, filename, split,
+    sentences with `raw`), of which `train` takes train and restval, and `val` takes val. Images without a
+    caption are left out.
     Raises ValueError where the folder or file is missing, broken, empty, or names images that are not there.
     """
     if not os.path.isdir(folder):
@@ -519,7 +534,8 @@ def read_coco(folder, captions, split):
         if "annotations" in record:
             for note in record["annotations"]:
                 texts.setdefault(note["image_id"], []).append(str(note["caption"]))
-            items = [(str(image["file_name"]), texts[image["id"]]) for image in record["images"] if image["id"] in texts]
+            items = [(str(image["file_name"]), texts[image["id"]])
+                     for image in record["images"] if image["id"] in texts]
         else:
             splits = {"train": ("train", "restval")}.get(split, (split,))
             items = [(os.path.join(image.get("filepath", ""), image["filename"]),
@@ -530,21 +546,23 @@ def read_coco(folder, captions, split):
     except OSError as e:
         raise ValueError(f"captions file {captions!r} cannot be read ({e.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValueError(f"{captions} is neither a COCO captions JSON (`images` and `annotations`) nor a Karpathy split "
-                         f"({type(e).__name__}: {e})") from None
+        raise ValueError(f"{captions} is neither a COCO captions JSON (`images` and `annotations`) nor a "
+                         f"Karpathy split ({type(e).__name__}: {e})") from None
     if not items:
         raise ValueError(f"{captions} holds no captioned image")
     return Files(captions, folder, *zip(*items))
 
 
 def read_tsv(path):
-    """Lines `caption TAB path`, paths relative to the file; lines of the same path are captions of the same image."""
+    """
+    Lines `caption TAB path`, paths from where the file lies; lines of one path are captions of one image.
+    """
     texts = {}
     for number, line in enumerate(list_lines(path), 1):
         caption, *rest = line.split("\t")
         if line.strip():
             if not rest or not rest[0].strip() or not caption.strip():
-                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a caption, a tab, and the path of an image")
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a caption, a tab, and a path")
             texts.setdefault(rest[0].strip(), []).append(caption.strip())
     return Files(path, os.path.dirname(path), list(texts), list(texts.values()))
 
@@ -554,7 +572,7 @@ class Fake(Dataset):
 
     def __init__(self, split, n, size):
         if len(size) != 2 or min(size) < 1:
-            raise ValueError(f"--fake_size {','.join(map(str, size))} is not a width and a height such as 500,375")
+            raise ValueError(f"--fake_size {','.join(map(str, size))} is not a width,height such as 500,375")
         self.split, self.n, self.size = split, n, size
 
     def __len__(self):
@@ -575,14 +593,14 @@ class Fake(Dataset):
 # -----------------------------------------------------------------------------
 # Tar shards
 
-# Where in its shard a sample's image and text begin, and their lengths, in bytes; text_size is 0 without a text.
+# Where in its shard a sample's image and text begin, and their lengths, in bytes; 0 and 0 without a text.
 MEMBER = np.dtype([("image", "i8"), ("image_size", "i8"), ("text", "i8"), ("text_size", "i8")])
 
 
 def expand(pattern):
     """
-    "a/{000..002}.tar,b/*.tar,@list.txt" -> ["a/000.tar", "a/001.tar", "a/002.tar", "b/0.tar", ..., and the list's lines,
-    relative to the list]; of a folder, its *.tar. Raises ValueError where a part of it names no file.
+    "a/{00..02}.tar,b/*.tar,@list.txt" -> ["a/00.tar", "a/01.tar", "a/02.tar", "b/x.tar", ..., and the lines
+    of the list, as paths from where it lies]; of a folder, its *.tar. Raises ValueError where one is no file.
     """
     found = []
     for part in filter(None, re.split(r",(?![^{]*})", pattern)):
@@ -612,8 +630,9 @@ def braces(pattern):
 
 def index_shard(path):
     """
-    A tar -> its samples that have an image, as an array of MEMBER in the order of the file, and a sentence that says what
-    is wrong with it, or "". Reads headers alone. Members of one key, the path up to the first dot of the name, are a sample.
+    A tar -> its samples that have an image, as an array of MEMBER in the order of the file, and a sentence
+    that says what is wrong with it, or "". Reads headers alone. Members whose paths are the same up to the
+    first dot of the name are a sample.
     """
     samples, fault = {}, ""
     try:
@@ -622,25 +641,30 @@ def index_shard(path):
                 for member in tar:
                     folder, name = os.path.split(member.name)
                     key, _, kind = name.partition(".")
-                    kind = "image" if kind.lower() in IMAGE_ENDINGS else "text" if kind.lower() == "txt" else None
-                    if kind and member.isreg():
-                        samples.setdefault((folder, key), {}).setdefault(kind, (member.offset_data, member.size))
+                    kind = "image" if kind.lower() in IMAGE_ENDINGS else kind.lower()
+                    if kind in ("image", "txt") and member.isreg():
+                        sample = samples.setdefault((folder, key), {})
+                        sample.setdefault(kind, (member.offset_data, member.size))
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole tar ends with
                 fault = f"tar shard {path} is cut or damaged at byte {tar.offset:,}"
     except (tarfile.ReadError, OSError) as e:
         fault = f"{path} is not a tar shard that can be read ({e}); compressed ones have to be unpacked"
-    found = [(*sample["image"], *sample.get("text", (0, 0))) for sample in samples.values() if "image" in sample]
+    found = [(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
+             if "image" in sample]
     found = np.array(found, MEMBER)
-    size = os.path.getsize(path)
-    return found[np.maximum(found["image"] + found["image_size"], found["text"] + found["text_size"]) <= size], fault
+    ends = np.maximum(found["image"] + found["image_size"], found["text"] + found["text_size"])
+    return found[ends <= os.path.getsize(path)], fault
 
 
 def read_index(path, index_dir):
-    """index_shard(), kept in a file beside the shard or in index_dir, and made anew where the shard was changed since."""
+    """
+    index_shard(), kept in a file beside the shard or in index_dir; made anew where the shard has changed.
+    """
     kept = f"{path}.index.npz"
     if index_dir:
-        kept = os.path.join(index_dir, f"{zlib.crc32(os.path.abspath(path).encode()):08x}_{os.path.basename(kept)}")
+        place = zlib.crc32(os.path.abspath(path).encode())
+        kept = os.path.join(index_dir, f"{place:08x}_{os.path.basename(kept)}")
     stamp = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
     if os.path.exists(kept):
         with np.load(kept) as found:
@@ -651,7 +675,7 @@ def read_index(path, index_dir):
         with whole(kept) as f:
             np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
     except OSError as e:
-        raise OSError(f"the index {kept} cannot be written ({e.strerror}): --index_dir names another place") from None
+        raise OSError(f"the index {kept} cannot be written ({e.strerror}): name an --index_dir") from None
     return samples, fault
 
 
@@ -663,9 +687,10 @@ def opened(path):
 
 class Tar(Dataset):
     """
-    WebDataset shards, read where their indices say. Samples without a text are left out where others have one. Shards that
-    cannot be read, or are cut, are noted in the log, and what is whole in them is used.
-    An index takes some 10 to 20 s per million members, once; ranks that start together share the work.
+    WebDataset shards, read where their indices say. Samples without a text are left out where others have
+    one. Shards that cannot be read, or are cut, are noted in the log, and what is whole in them is used.
+    The indices take some 20 to 30 s per million members, once. Ranks that start together share the work, and
+    a run that was stopped goes on with what is missing.
     Raises ValueError where no sample is left, OSError where an index cannot be written.
     """
 
@@ -673,7 +698,7 @@ class Tar(Dataset):
         if index_dir:
             os.makedirs(index_dir, exist_ok=True)
         shown = time.time()
-        for i, path in enumerate(random.Random().sample(paths, len(paths))):  # each rank in an order of its own
+        for i, path in enumerate(random.Random().sample(paths, len(paths))):  # in an order of the rank's own
             read_index(path, index_dir)
             if time.time() - shown > 5:
                 shown = time.time()
@@ -705,10 +730,10 @@ class Tar(Dataset):
         start, size = int(self.samples[i][kind]), int(self.samples[i][f"{kind}_size"])
         try:
             content = os.pread(opened(path).fileno(), size, start)
-            header = os.pread(opened(path).fileno(), 100, start - tarfile.BLOCKSIZE)  # which begins with the name
+            name = os.pread(opened(path).fileno(), 100, start - tarfile.BLOCKSIZE)  # begins the header
         except OSError as e:
             raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
-        return content, f"{path}: {header.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        return content, f"{path}: {name.rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
     def image(self, i, least=0):
         content, name = self.read(i, "image")
@@ -740,7 +765,9 @@ class Part(Dataset):
 
 
 def spread(dataset, count, log=""):
-    """`count` items (or all, if fewer) spread at random over what can be read, the same every time: for validation."""
+    """
+    `count` items (all, if fewer) spread at random over what can be read, the same each time: for validation.
+    """
     faults, items = Faults(log), []
     for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
         if len(items) == count:
@@ -761,7 +788,7 @@ UNCAPTIONED = ("imagenet", "folder")  # layouts that have no captions
 
 
 def open_data(config, split, log=""):
-    """DataConfig and `train`, `val` (or, for scenes, `heldout`) -> a data set; what is found broken is noted in a log."""
+    """DataConfig, and `train`, `val` or, for scenes, `heldout` -> a data set; the log takes what is broken."""
     n = config.n_scenes if split == "train" else 1024
     where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
     readers = {"scenes": lambda: Scenes(split, n), "fake": lambda: Fake(split, n, config.fake_size),
@@ -771,9 +798,8 @@ def open_data(config, split, log=""):
     if config.data not in readers:
         raise ValueError(f"--data {config.data!r} is none of: {', '.join(readers)}")
     if config.data not in ("scenes", "fake") and not where or config.data == "coco" and not captions:
-        needs = {"coco": f"--{split}_dir IMAGES and --{split}_captions JSON", "tsv": f"--{split}_dir FILE.tsv",
-                 "tar": f"--{split}_dir SHARDS"}.get(config.data, f"--{split}_dir FOLDER")
-        raise ValueError(f"--data {config.data} needs {needs}")
+        needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
+        raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")
     return readers[config.data]()
 
 
@@ -800,7 +826,7 @@ def crop_to_tensor(image, size, scale=1.0, rng=None):
 
 
 def least_side(size, scale):
-    """The shorter side of an image, in pixels, whose smallest crop of `scale` times its square still has `size` pixels."""
+    """The shorter side, in pixels, of the image whose smallest crop has a side of `size`. See crop_to_tensor."""
     if not 0 < scale <= 1:
         raise ValueError(f"--crop_scale {scale} is not above 0 and at most 1")
     return math.ceil(size / scale ** 0.5)
@@ -823,12 +849,13 @@ class Pixels:
 
 class Tokens:
     """
-    A whole data set as tokens, for BiART, as encode_tokens() left it in a folder: codes.npy uint16 (N, crops, n_image),
-    texts.npy uint16 (n_captions, n_text) and first.npy, where the captions of image i are texts[first[i]:first[i + 1]].
-    The files are mapped, not read: all processes of a machine share one copy, of which only what is used is in memory.
-    item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,), one crop drawn by rng;
-    null, a bool tensor). `null` is true with probability null_prob: this sample's reference side is to be blanked, for
-    guidance.
+    A whole data set as tokens, for BiART, as encode_tokens() left it in a folder: codes.npy uint16 (N, crops,
+    n_image), texts.npy uint16 (n_captions, n_text) and first.npy, where the captions of image i are
+    texts[first[i]:first[i + 1]]. The files are mapped, not read: all processes of a machine share one copy,
+    of which only what is used is in memory.
+    item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,), one crop drawn by
+    rng; null, a bool tensor). `null` is true with probability null_prob: this sample's reference side is to
+    be blanked, for guidance.
     """
     shards = None
 
@@ -845,9 +872,10 @@ class Tokens:
 
     def item(self, i, rng):
         text = self.texts[rng.randrange(self.first[i], self.first[i + 1])]
-        null = rng.random() < self.null_prob
+        null = torch.tensor(rng.random() < self.null_prob)
         codes = self.codes[i, rng.randrange(self.codes.shape[1])]
-        return torch.from_numpy(text.astype(np.int64)), torch.from_numpy(codes.astype(np.int64)), torch.tensor(null)
+        text, codes = (torch.from_numpy(ids.astype(np.int64)) for ids in (text, codes))
+        return text, codes, null
 
 
 # -----------------------------------------------------------------------------
@@ -855,14 +883,14 @@ class Tokens:
 
 class Encodable(torch.utils.data.Dataset):
     """
-    A captioned data set on its way to tokens: [i] -> (i, crops (n, 3, size, size), text ids of every caption, how many of
-    them had to be cut), or None where it cannot be read. One crop is the centre square; of several, each is a random crop
-    of `scale` to 1 times it, a pure function of (i, n).
+    A captioned data set on its way to tokens: [i] -> (crops (n, 3, size, size), text ids of every caption,
+    how many of them had to be cut), or None where it cannot be read. One crop is the centre square; of
+    several, each is a random crop of `scale` to 1 times it, a pure function of (i, n).
     """
 
     def __init__(self, dataset, tokenizer, n_text, size, crops=1, scale=1.0, log="", workers=0):
         if len(tokenizer) > 1 << 16:
-            raise ValueError(f"a vocabulary of {len(tokenizer):,} does not fit the token cache, which has {1 << 16:,}")
+            raise ValueError(f"the token cache holds ids below 65536: {len(tokenizer):,} tokens are too many")
         if crops < 1:
             raise ValueError(f"--cache_crops {crops} is less than 1")
         self.dataset, self.tokenizer, self.n_text, self.size = dataset, tokenizer, n_text, size
@@ -881,24 +909,26 @@ class Encodable(torch.utils.data.Dataset):
         return self.faults.attempt(self.read, i)
 
     def read(self, i):
-        ids, cut = zip(*(self.tokenizer.encode_padded(text, self.n_text) for text in self.dataset.captions(i)))
+        texts = [self.tokenizer.encode_padded(text, self.n_text) for text in self.dataset.captions(i)]
         image = self.dataset.image(i, self.least)
-        crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}")) for n in range(self.crops)]
-        return i, torch.stack(crops), ids, sum(cut)
+        crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
+                 for n in range(self.crops)]
+        return torch.stack(crops), [ids for ids, _ in texts], sum(cut for _, cut in texts)
 
 
-def alone(x):
+def same(x):
     return x
 
 
-def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=alone, batch_size=64):
+def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=same, batch_size=64):
     """
-    Encode a data set once, into files that Tokens() maps; the folder is what to give it.
-    source: an Encodable. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: what beside the source
-    the codes depend on. add: adds a tensor up over all ranks, and so lets them wait for each other.
-    Ranks share the work. It is done in parts, each a file that is whole or not there, so that a run that was stopped goes
-    on where it was, with as many ranks as it likes; then the parts are joined. What cannot be read is left out.
-    Raises ValueError where the folder holds tokens of something else, unless it is the run's own: then they are made anew.
+    Encode a data set once, into files that Tokens() maps; -> the folder.
+    source: an Encodable. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of
+    what else the codes depend on. add: adds a tensor up over all ranks, and so lets them wait for each other.
+    Ranks share the work, in parts, each a file that is whole or not there, so that a run that was stopped
+    goes on where it was, with as many ranks as it likes; then the parts are joined. What cannot be read is
+    left out.
+    Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
     key = {**key, **source.key()}
     described = os.path.join(folder, "key.json")
@@ -912,17 +942,19 @@ def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=a
     add(torch.zeros(1))
     differ = [name for name, value in key.items() if read_key(described).get(name) != value]
     if differ:
-        raise ValueError(f"{folder} holds tokens of another {' and '.join(differ)}: empty it, or name another folder")
+        differ = " and ".join(differ)
+        raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
 
     n = len(source)
-    size = min(4096, max(16, n // 64))
-    parts = [os.path.join(folder, f"part_{i:06d}.npz") for i in range(-(-n // size))]
+    size = min(4096, max(16, n // 64))  # samples to a part
+    parts = {os.path.join(folder, f"part_{i // size:06d}.npz"): range(i, min(n, i + size))
+             for i in range(0, n, size)}
     there = [os.path.exists(path) for path in [os.path.join(folder, "first.npy"), *parts]]
     finished, *there = add(torch.tensor(there, dtype=torch.float) * (rank == 0)).tolist()  # as rank 0 sees it
     if finished:
         return folder
-    todo = [i for i, done in enumerate(there) if not done][rank::world]
-    encode_parts(source, encode, [(parts[i], range(i * size, min(n, (i + 1) * size))) for i in todo], batch_size, rank)
+    todo = [part for part, done in zip(parts.items(), there) if not done][rank::world]
+    encode_parts(source, encode, todo, batch_size, rank)
     add(torch.zeros(1))
     if rank == 0:
         join_parts(folder, parts)
@@ -942,33 +974,36 @@ def encode_parts(source, encode, parts, batch_size, rank):
     """[(path, indices)] -> at each path the codes, texts and so on of what can be read of them."""
     batches = [(path, rows[i:i + batch_size], i + batch_size >= len(rows))
                for path, rows in parts for i in range(0, len(rows), batch_size)]
-    loader = torch.utils.data.DataLoader(source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=alone,
-                                         num_workers=source.workers, generator=torch.Generator())
+    loader = torch.utils.data.DataLoader(
+        source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=same, num_workers=source.workers,
+        generator=torch.Generator())
     total, done, began, shown = sum(len(rows) for _, rows in parts), 0, time.time(), time.time()
     codes, texts, counts, cut = [], [], [], 0
     for (path, rows, last), samples in zip(batches, loader):
         samples = [sample for sample in samples if sample]
         source.faults.check(total)
         if samples:
-            images = torch.cat([crops for _, crops, *_ in samples])  # (B * crops, 3, size, size)
+            images = torch.cat([crops for crops, *_ in samples])  # (B * crops, 3, size, size)
             found = encode(images).cpu().numpy()
             if found.max() > 65535:
-                raise ValueError(f"image code {found.max()} does not fit the token cache, whose codes are below 65536")
+                raise ValueError(f"the token cache holds codes below 65536, not {found.max()}")
             codes.append(found.astype(np.uint16).reshape(len(samples), source.crops, -1))
-            for *_, ids, n_cut in samples:
+            for _, ids, n_cut in samples:
                 texts += ids
                 counts.append(len(ids))
                 cut += n_cut
         if last:
             with whole(path) as f:
                 np.savez(f, codes=np.concatenate(codes) if codes else np.zeros(0, np.uint16),
-                         texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64), cut=np.array(cut))
+                         texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64),
+                         cut=np.array(cut))
             codes, texts, counts, cut = [], [], [], 0
         done += len(rows)
         if rank == 0 and time.time() - shown > 5:
             shown = time.time()
             left = (shown - began) / done * (total - done)
-            print(f"encoding: {done:,} of {total:,} images, ETA {int(left) // 60}:{int(left) % 60:02d}", flush=True)
+            print(f"encoding: {done:,} of {total:,} images, ETA {int(left) // 60}:{int(left) % 60:02d}",
+                  flush=True)
 
 
 def join_parts(folder, parts):
@@ -996,7 +1031,8 @@ def join_parts(folder, parts):
     for path in parts:
         os.remove(path)
     if cut:
-        print(f"warning: {cut:,} of {shape[0]:,} captions are longer than --n_text {shape[1]} and were cut", flush=True)
+        print(f"warning: {cut:,} of {shape[0]:,} captions are longer than --n_text {shape[1]} and were cut",
+              flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -1004,14 +1040,16 @@ def join_parts(folder, parts):
 
 class Order:
     """
-    Batches of (index, place), endlessly, from step `start` on: epoch after epoch, each a fresh permutation of the data,
-    cut into global batches of world * batch_size of which every rank takes its own stretch. `place` numbers the samples
-    drawn since the beginning of training. A pure function of (seed, epoch, rank, world, step), so a run resumes at the very
-    next sample. Every epoch holds each sample once over all ranks; one that is no multiple of the global batch ends
-    inside a batch, and the next epoch goes on there: nothing is dropped, doubled or padded.
+    Batches of (index, place), endlessly, from step `start` on: epoch after epoch, each a fresh permutation of
+    the data, cut into global batches of world * batch_size of which every rank takes its own stretch. `place`
+    numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank, world,
+    step), so a run resumes at the very next sample. Every epoch holds each sample once over all ranks; one
+    that is no multiple of the global batch ends inside a batch, and the next epoch goes on there: nothing is
+    dropped, doubled or padded.
 
-    Of shards, given as the first sample of each, the permutation is one that reads files from front to back: shards in a
-    random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence on shards, of its own.
+    Of shards, given as the first sample of each, the permutation is one that reads files from front to back:
+    shards in a random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence
+    on shards, of its own.
     """
 
     def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1, shards=None, buffer=4096):
@@ -1025,11 +1063,12 @@ class Order:
             return torch.randperm(self.n, generator=generator)
         shards = np.split(np.arange(self.n), self.shards[1:])
         sequence = np.concatenate([shards[s] for s in torch.randperm(len(shards), generator=generator)])
-        moved = torch.arange(self.n) + torch.rand(self.n, generator=generator, dtype=torch.float64) * self.buffer
+        moves = torch.rand(self.n, generator=generator, dtype=torch.float64) * self.buffer
         places = np.arange(epoch * self.n, (epoch + 1) * self.n)
         ranks = places // self.batch_size % self.world  # whose each place is
         permutation = np.empty_like(sequence)
-        permutation[np.argsort(ranks, kind="stable")] = sequence[moved.argsort().numpy()]
+        permutation[np.argsort(ranks,
+                               kind="stable")] = sequence[(torch.arange(self.n) + moves).argsort().numpy()]
         return permutation
 
     def __iter__(self):
@@ -1048,8 +1087,8 @@ class Order:
 
 class Placed(torch.utils.data.Dataset):
     """
-    Calls a view's item() with a random generator that depends on the seed and the sample's place alone. For a sample that
-    cannot be read, the same generator draws another; None after a hundred in a row.
+    Calls a view's item() with a random generator that depends on the seed and the sample's place alone. For a
+    sample that cannot be read, the same generator draws another; None after a hundred in a row.
     """
 
     def __init__(self, view, seed, faults):
@@ -1071,8 +1110,8 @@ def stack(samples):
 
 def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0, buffer=4096, log=""):
     """
-    An endless iterator over batches of a view, each a list of stacked tensors; see Order for what comes when, Placed for
-    what happens where a sample cannot be read. Raises OSError where that is the rule: see Faults.check().
+    An endless iterator over batches of a view, each a list of stacked tensors: see Order for what comes when,
+    Placed for samples that cannot be read. Raises OSError where most cannot: see Faults.check().
     """
     faults = Faults(log, workers)
     order = Order(len(view), batch_size, seed, start, rank, world, view.shards, buffer)

@@ -10,7 +10,7 @@ $ python train.py --preset small --data coco --train_dir IMAGES --train_captions
 
 On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
 $ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --data imagenet \
-      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val --batch_size 4 --epochs 2 --workers 2
+      --train_dir imagenet/train --val_dir imagenet/val --batch_size 4 --epochs 2 --workers 2
 
 A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
 (pictures as training goes), tokenizer.json. sample.py reads it.
@@ -76,8 +76,8 @@ class TrainConfig:
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
-    cache_tokens: str = ""  # folder for the data sets as tokens, for other runs to share; empty: tokens/ in out_dir
-    cache_crops: int = 1  # tokens of how many random crops of a training image to keep; 1 keeps those of the centre
+    cache_tokens: str = ""  # folder of the data as tokens, for runs to share; empty: tokens/ in out_dir
+    cache_crops: int = 1  # random crops of a training image to keep the tokens of; 1 is the centre crop
     bench: str = ""  # measure instead of training: data (images/s of the loader)
     json: bool = False  # bench: print one JSON object last
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
@@ -408,8 +408,8 @@ def prepare_biart(stage, given, train_data, val_data, context):
 
     views, key = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
     own = not config.cache_tokens
-    for split, dataset, crops, null_prob in (("train", train_data, config.cache_crops, biart_config.null_prob),
-                                             ("val", val_data, 1, 0.0)):
+    splits = ("train", train_data, config.cache_crops, biart_config.null_prob), ("val", val_data, 1, 0.0)
+    for split, dataset, crops, null_prob in splits:
         source = data.Encodable(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
                                 data_config.crop_scale, log, data_config.workers)
         folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
@@ -493,7 +493,7 @@ def train(stage, given):
     if not saved and os.path.exists(log_path) and os.environ.get("RANK", "0") == "0":
         os.remove(log_path)
     context = Context(config.device, config.dtype, wide)
-    context.sum(torch.zeros(1, device=context.device))  # wait for rank 0, which may still write the stage before
+    context.sum(torch.zeros(1, device=context.device))  # rank 0 may still be writing the stage before
     os.makedirs(config.out_dir, exist_ok=True)
     datasets = [data.open_data(data_config, split, log_path) for split in ("train", "val")]
     if config.epochs:
@@ -688,8 +688,8 @@ def photograph(width, height):
 def bench_data(_config, size=256, rounds=7, seconds=0.5,
                sources=((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2))):
     """
-    Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's ImageFolder,
-    RandomResizedCrop and ToTensor on the same files in turns; medians of the rounds.
+    Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's
+    ImageFolder, RandomResizedCrop and ToTensor on the same files in turns; medians of the rounds.
     """
     from torchvision import datasets, transforms  # which nothing else here needs
     usual = transforms.Compose([transforms.RandomResizedCrop(size), transforms.ToTensor()])
@@ -713,13 +713,14 @@ def bench_data(_config, size=256, rounds=7, seconds=0.5,
                             peer[done % count]
                         done += 1
                     rate.append(done / (time.process_time() - began))
-        found = medians[f"{width}x{height}"] = {name: statistics.median(rate) for name, rate in rates.items()}
-        print(f"{width} x {height} JPEG to {size} x {size}: {found['ours']:.0f} images/s per core, torchvision "
-              f"{found['torchvision']:.0f}, ratio {found['ours'] / found['torchvision']:.2f}", flush=True)
+        ours, theirs = (statistics.median(rate) for rate in rates.values())
+        medians[f"{width}x{height}"] = {"ours": ours, "torchvision": theirs}
+        print(f"{width} x {height} JPEG to {size} x {size}: {ours:.0f} images/s per core, "
+              f"torchvision {theirs:.0f}, {ours / theirs:.2f} times as many", flush=True)
     torch.set_num_threads(threads)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    return {"median_s": 1 / next(iter(medians.values()))["ours"], "peak_gb": peak, "device": "cpu", "dtype": "float32",
-            "size": size, "images_s": medians}
+    return {"median_s": 1 / next(iter(medians.values()))["ours"], "peak_gb": peak, "device": "cpu",
+            "dtype": "float32", "size": size, "images_s": medians}
 
 
 BENCHES = {"data": bench_data}
@@ -747,12 +748,12 @@ def main(argv):
             print(json.dumps(measured))
         return
     if "biart" in stages and data_config.data in data.UNCAPTIONED:
-        raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: train augvae_ml and "
-                         "augvae_sl, one --stage after the other")
+        raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: "
+                         "train --stage augvae_ml, then augvae_sl")
     if not 0 <= config.epochs < math.inf:
         raise ValueError(f"--epochs {config.epochs} is not a number of passes over the data")
     if config.epochs and "max_iters" in given:
-        raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict each other: give one")
+        raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
     there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
     if there and not (config.resume or config.overwrite):
         raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
