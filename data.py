@@ -47,8 +47,7 @@ from PIL import Image, ImageDraw, ImageFont
 @dataclass
 class DataConfig:
     data: str = "scenes"  # scenes (built in), imagenet, folder, pairs, coco, tsv, tar or fake
-    # training data: folder; tsv: the file; tar: shards as {00..99}.tar, glob, a,b or @list
-    train_dir: str = ""
+    train_dir: str = ""  # folder; tsv: the file; tar: shards, as x{00..99}.tar, a glob, a,b or @list
     train_captions: str = ""  # coco: captions JSON of the training images
     val_dir: str = ""  # validation data, as train_dir
     val_captions: str = ""  # coco: captions JSON of the validation images
@@ -797,6 +796,8 @@ def open_data(config, split, log=""):
                "tsv": lambda: read_tsv(where), "tar": lambda: Tar(expand(where), config.index_dir, log)}
     if config.data not in readers:
         raise ValueError(f"--data {config.data!r} is none of: {', '.join(readers)}")
+    if config.data in ("scenes", "fake") and where:
+        raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: name its layout by --data")
     if config.data not in ("scenes", "fake") and not where or config.data == "coco" and not captions:
         needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
         raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")

@@ -1605,6 +1605,19 @@ def test_settings_of_data_that_contradict_are_refused(tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             train.main([*where, *arguments])
+    (tmp_path / "train").mkdir()
+    original = ["--stage=augvae_ml", "--preset=released", "--train_dir", str(tmp_path / "train"),
+                "--val_dir=absent", "--batch_size=4", "--epochs=2", "--out_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="train holds no image"):  # the preset says that it is ImageNet
+        train.main(original)
+    with pytest.raises(ValueError, match="--data scenes reads no --train_dir .*train: name its layout by --data"):
+        train.main([*original, "--preset=tiny"])
+
+
+def test_sampling_refuses_data_without_captions(finished, tmp_path):
+    noise(tmp_path / "0.png", 0)
+    with pytest.raises(ValueError, match="--data folder has no captions"):
+        sample_module.main(["--data=folder", "--val_dir", str(tmp_path), "--out_dir", str(finished[0])])
 
 
 def test_bench_data_measures_both(capsys, monkeypatch):

@@ -9,8 +9,8 @@ On your own captioned pictures, in the MS-COCO layout:
 $ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
 
 On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
-$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --data imagenet \
-      --train_dir imagenet/train --val_dir imagenet/val --batch_size 4 --epochs 2 --workers 2
+$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 \
+      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val --batch_size 4 --epochs 2
 
 A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
 (pictures as training goes), tokenizer.json. sample.py reads it.
@@ -109,9 +109,9 @@ PRESETS = {
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000},
-        "augvae_ml": {"batch_size": 4, "max_iters": 300000},
-        "augvae_sl": {"batch_size": 8, "max_iters": 100000},
-        "biart": {"batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
+        "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
+        "augvae_sl": {"data": "imagenet", "batch_size": 8, "max_iters": 100000},
+        "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
                   "beta2": 0.95},
     },
 }
