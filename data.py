@@ -647,7 +647,7 @@ def index_shard(path):
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole tar ends with
                 fault = f"tar shard {path} is cut or damaged at byte {tar.offset:,}"
-    except (tarfile.ReadError, OSError) as e:
+    except tarfile.ReadError as e:
         fault = f"{path} is not a tar shard that can be read ({e}); compressed ones have to be unpacked"
     found = [(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
              if "image" in sample]
@@ -669,7 +669,10 @@ def read_index(path, index_dir):
         with np.load(kept) as found:
             if found["stamp"].tolist() == stamp:
                 return found["samples"], str(found["fault"])
-    samples, fault = index_shard(path)
+    try:
+        samples, fault = index_shard(path)
+    except OSError as e:  # which may pass, and so is not kept
+        return np.zeros(0, MEMBER), f"tar shard {path} cannot be read ({e.strerror})"
     try:
         with whole(kept) as f:
             np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))

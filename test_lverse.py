@@ -457,6 +457,10 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
     assert (whole - small).abs().mean() < 0.02
 
 
+def denied(*_arguments):
+    raise PermissionError(13, "Permission denied")
+
+
 def test_unreadable_images_are_named(tmp_path, monkeypatch):
     picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
     for ending in ("png", "jpg"):
@@ -473,9 +477,6 @@ def test_unreadable_images_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(data.Unreadable, match="decompression bomb"):
         data.load_image(tmp_path / "whole.jpg", least=16)
-
-    def denied(_path):
-        raise PermissionError(13, "Permission denied")
     monkeypatch.setattr(Image, "open", denied)
     with pytest.raises(data.Unreadable,
                        match="whole.png is not an image that can be read .Permission denied"):
@@ -715,7 +716,7 @@ def test_tar_shards_are_grouped_by_key_and_read_in_place(tmp_path):
     assert not uncaptioned.captioned and uncaptioned.captions(0) == []
 
 
-def test_broken_tar_shards(tmp_path):
+def test_broken_tar_shards(tmp_path, monkeypatch):
     picture = noise(tmp_path / "0.png", 0).read_bytes()
     for name in ("whole", "cut", "header", "zero", "garbage"):
         pack(tmp_path / f"{name}.tar", [m for i in range(6)
@@ -746,7 +747,13 @@ def test_broken_tar_shards(tmp_path):
     with pytest.raises(OSError):
         data.Tar([str(tmp_path / "whole.tar")], str(tmp_path / "file"))
     before = sorted(os.listdir(tmp_path))
-    assert len(data.Tar([str(tmp_path / "whole.tar")], str(tmp_path / "apart"))) == 6
+    apart = str(tmp_path / "apart")
+    with monkeypatch.context() as locked:
+        locked.setattr(tarfile, "open", denied)
+        with pytest.raises(ValueError, match="holds an image"):
+            data.Tar([str(tmp_path / "whole.tar")], apart, str(log))
+    assert "whole.tar cannot be read (Permission denied)" in log.read_text()
+    assert len(data.Tar([str(tmp_path / "whole.tar")], apart)) == 6  # it was not taken for empty for good
     assert len(os.listdir(tmp_path / "apart")) == 1 and sorted(os.listdir(tmp_path)) == sorted([*before,
                                                                                                 "apart"])
 
