@@ -1,21 +1,38 @@
 """
 Captioned pictures: where they come from, how they reach a model, and how they are drawn again.
 
-A data set is anything with `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list of str`:
+A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list of str`. Layouts, `--data`:
 
-    scenes   built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
-    coco     a folder of images and a JSON of captions in the MS-COCO layout
+    scenes    built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
+    fake      random pixels and random words, of any size, to measure with
+    imagenet  train/ and val/; beside them, if any, train_list.txt and val_list.txt: `relative/path.JPEG label`
+    folder    any tree of images
+    pairs     images, each with a text file of the same stem: one caption a line
+    coco      a folder of images and a JSON of captions: MS-COCO's own, or the Karpathy split
+    tsv       lines `caption TAB path of the image`, as of Conceptual Captions
+    tar       WebDataset shards: key.jpg, key.txt (one caption a line), the next key, ...
 
-A view turns what is read into tensors: Pixels for AugVAE, Tokens (encoded once, kept in memory) for BiART.
-`batches()` feeds either, endlessly; which sample comes when is a pure function of seed, step and rank.
+A view turns what is read into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for
+BiART. `batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank,
+world and step. What cannot be read raises Unreadable, is noted in a log by Faults, and another sample takes
+its place.
 
 The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and `parse_caption` from words,
 so that text-to-image and image-to-text are both scored by whether the content is right.
 """
+import contextlib
+import functools
+import glob
+import hashlib
+import io
 import json
+import math
 import os
 import random
 import re
+import shutil
+import sys
+import tarfile
 import textwrap
 import time
 import zlib
@@ -23,20 +40,44 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 
 @dataclass
 class DataConfig:
-    data: str = "scenes"  # what to train on: scenes (built in) or coco
-    train_dir: str = ""  # coco: folder of training images
+    data: str = "scenes"  # scenes (built in), imagenet, folder, pairs, coco, tsv, tar or fake
+    train_dir: str = ""  # folder; tsv: the file; tar: shards, as x{00..99}.tar, a glob, a,b or @list
     train_captions: str = ""  # coco: captions JSON of the training images
-    val_dir: str = ""  # coco: folder of validation images
+    val_dir: str = ""  # validation data, as train_dir
     val_captions: str = ""  # coco: captions JSON of the validation images
-    n_scenes: int = 12288  # scenes: how many different ones to train on
+    n_scenes: int = 12288  # scenes, fake: how many different ones to train on
+    fake_size: tuple[int, ...] = (256, 256)  # fake: width and height, pixels
+    index_dir: str = ""  # tar: folder for the shards' indices; empty: beside the shards
+    shuffle_buffer: int = 4096  # tar: how many samples are shuffled among each other, besides the shards
     crop_scale: float = 0.75  # training crops keep at least this share of the centre square's area; 1 = centre crop
     crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (the release)
     workers: int = 0  # loader processes per rank; 0 reads in the training process
+
+
+class Dataset:
+    """
+    What all layouts have in common. image(i, least) may shrink an image, its shorter side not below least.
+    """
+    captioned = True  # whether captions(i) holds any
+    shards = None  # where samples lie in few large files, to be read one by one: the first sample of each
+
+    def identity(self):
+        """A short hash of which samples these are: of names and captions, not of the contents of images."""
+        raise NotImplementedError
+
+
+def digest(*parts):
+    """Arrays and plain values -> a short hash."""
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return h.hexdigest()[:16]
 
 
 # -----------------------------------------------------------------------------
@@ -113,7 +154,7 @@ def split_of(first, second, relation):
     return "val" if zlib.crc32(key.encode()) % 10 == 0 else "train"
 
 
-class Scenes:
+class Scenes(Dataset):
     """Scene i of split `train`, `val` or `heldout` is a pure function of (split, i); the splits share no combination."""
 
     def __init__(self, split, n):
@@ -135,7 +176,10 @@ class Scenes:
                    for sign, (dx, dy) in ((1, RELATIONS[relation]), (-1, RELATIONS[relation]))]
         return first, second, relation, centres, paraphrases(first, second, relation, rng)
 
-    def image(self, i):
+    def identity(self):
+        return digest("scenes", self.split, self.n)
+
+    def image(self, i, least=0):
         first, second, _, centres, _ = self.scene(i)
         return draw_things((first, second), centres)
 
@@ -220,101 +264,548 @@ def read_scene(image):
 
 
 # -----------------------------------------------------------------------------
-# Pictures from disk
+# Reading files, and what to do with those that cannot be read
 
-def load_image(path):
+IMAGE_ENDINGS = {"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
+
+
+class Unreadable(ValueError):
+    """An image, caption file or shard cannot be read; the message is one sentence that names it."""
+
+
+class Faults:
     """
-    Any file that Pillow reads -> PIL image in RGB, upright by its EXIF tag, transparency laid over white, 16-bit grey
-    scaled to 8. Raises ValueError that names the file where it is not a readable image.
+    What could not be read: each sentence once per process in a log file (on stderr where there is none), and
+    counts that this process shares with its loader processes.
+    """
+
+    def __init__(self, log="", workers=0):
+        self.log, self.noted = log, set()
+        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # a process: tried, bad
+
+    def note(self, sentence):
+        if sentence not in self.noted:
+            self.noted.add(sentence)
+            if not self.log:
+                return print(sentence, file=sys.stderr)
+            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
+                f.write(sentence + "\n")
+
+    def attempt(self, read, *args):
+        """-> read(*args), or None where it raises Unreadable, which is counted and noted."""
+        worker = torch.utils.data.get_worker_info()
+        count = self.counts[worker.id + 1 if worker else 0]
+        count[0] += 1
+        try:
+            return read(*args)
+        except Unreadable as e:
+            count[1] += 1
+            self.note(str(e))
+
+    def check(self, n=1000, stuck=False):
+        """
+        Raises OSError where more than half of the first thousand samples (of all n, if there are fewer) could
+        not be read, or where one is stuck.
+        """
+        tried, bad = self.counts.sum(0).tolist()
+        if stuck or bad > min(n, 1000) / 2 and 2 * bad > tried:
+            raise OSError(f"{bad} of {tried} samples could not be read"
+                          + (f": {self.log} names them" if self.log else ""))
+
+
+def count_faults(log):
+    """How many different sentences a log of Faults holds."""
+    if not os.path.exists(log):
+        return 0
+    with open(log, encoding="utf-8", errors="replace") as f:
+        return len(set(f))
+
+
+# What undoes each value of the EXIF orientation tag
+TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+
+
+def upright(image):
+    """An image as its EXIF orientation says; as it is where it has none, or a broken one."""
+    try:
+        turn = TURNS.get(image.getexif().get(0x0112))
+    except Exception:  # noqa: BLE001 - broken EXIF data raises anything, and costs no more than the turn
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def load_image(file, least=0, name=None):
+    """
+    Any file that Pillow reads (a path, or an open file and its name) -> PIL image in RGB, upright by its EXIF
+    tag, transparency laid over white, 16-bit grey scaled to 8. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
+    size where its shorter side stays at `least` pixels or more; 0 keeps its size.
+    Raises Unreadable where it is no whole image, or has more pixels than twice Pillow's MAX_IMAGE_PIXELS.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
+        with Image.open(file) as image:
+            if least:
+                image.draft("RGB", (least, least))
+            image.load()
+            image = upright(image)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
-        raise ValueError(f"there is no image {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise ValueError(f"{path} is not an image that can be read ({e})") from None
+        raise Unreadable(f"there is no image {file}") from None
+    except Exception as e:  # noqa: BLE001 - broken files make Pillow's decoders fail in every way
+        why = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
+        raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
 
 
-class CocoCaptions:
+def caption_lines(text, name):
     """
-    The MS-COCO captions layout: a folder of images, and a JSON with `images` (id, file_name) and `annotations`
-    (image_id, caption). Images without a caption are left out.
-    Raises ValueError where the folder or file is missing, broken, empty, or names images that are not there.
+    The bytes of a caption file -> its captions, one a line. Raises Unreadable if it has none or is not UTF-8.
+    """
+    try:
+        lines = text.decode("utf-8-sig").split("\n")
+    except UnicodeDecodeError:
+        raise Unreadable(f"caption file {name} is not UTF-8") from None
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise Unreadable(f"caption file {name} is empty")
+    return captions
+
+
+def list_lines(path):
+    """The lines of a text file. Raises ValueError that names it where it is missing or not UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            return f.read().split("\n")  # and not at the odder ends of lines that splitlines() knows
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path!r}") from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not UTF-8 (byte {e.start})") from None
+
+
+@contextlib.contextmanager
+def whole(path):
+    """Open a file for writing that appears under its name when all is written, or not at all."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "wb") as f:
+            yield f
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.remove(part)
+
+
+# -----------------------------------------------------------------------------
+# Layouts on disk
+
+class Texts:
+    """
+    Many strings in one block of bytes, which loader processes share; of a list each would soon have a copy.
     """
 
-    def __init__(self, folder, captions):
-        if not os.path.isdir(folder):
-            raise ValueError(f"there is no image folder {folder!r}")
-        try:
-            with open(captions, encoding="utf-8") as f:
-                record = json.load(f)
-            texts = {}
-            for note in record["annotations"]:
-                texts.setdefault(note["image_id"], []).append(str(note["caption"]))
-            self.items = [(os.path.join(folder, image["file_name"]), texts[image["id"]])
-                          for image in record["images"] if image["id"] in texts]
-        except FileNotFoundError:
-            raise ValueError(f"there is no captions file {captions!r}") from None
-        except OSError as e:
-            raise ValueError(f"captions file {captions!r} cannot be read ({e.strerror})") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise ValueError(f"{captions} is not a COCO captions JSON with `images` and `annotations` "
-                             f"({type(e).__name__}: {e})") from None
-        if not self.items:
-            raise ValueError(f"{captions} holds no captioned image")
-        absent = [path for path, _ in self.items if not os.path.isfile(path)]
-        if absent:
-            raise ValueError(f"{captions} names {len(absent)} of {len(self.items)} images that are not in {folder}, "
-                             f"{os.path.basename(absent[0])} for one")
+    def __init__(self, texts):
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        self.ends = np.cumsum([0, *map(len, encoded)])
+        self.block = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self):
-        return len(self.items)
+        return len(self.ends) - 1
 
-    def image(self, i):
-        return load_image(self.items[i][0])
+    def __getitem__(self, i):
+        return self.block[self.ends[i]:self.ends[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+
+
+class Files(Dataset):
+    """
+    Image files, by paths below a root, and the captions of each, if any: what most layouts come down to.
+    Raises ValueError where there are none, or none of a hundred of them is there.
+    """
+
+    def __init__(self, source, root, paths, captions=()):
+        if not paths:
+            raise ValueError(f"{source} holds no {'captioned ' if captions else ''}image")
+        some = paths[::-(-len(paths) // 100)]
+        if not any(os.path.lexists(os.path.join(root, path)) for path in some):
+            raise ValueError(f"{source} names images that are not in {root or '.'}, {some[0]} for one")
+        self.root, self.paths, self.captioned = root, Texts(paths), bool(captions)
+        captions = [[text.encode("utf-8", "replace").decode() for text in several] for several in captions]
+        self.texts = Texts(text for several in captions for text in several)
+        self.first = np.cumsum([0, *map(len, captions)])  # captions of image i: first[i] up to first[i + 1]
+
+    def __len__(self):
+        return len(self.paths)
+
+    def identity(self):
+        return digest(self.paths.block, self.paths.ends, self.texts.block, self.texts.ends, self.first)
+
+    def image(self, i, least=0):
+        return load_image(os.path.join(self.root, self.paths[i]), least)
 
     def captions(self, i):
-        return self.items[i][1]
+        return [self.texts[j] for j in range(self.first[i], self.first[i + 1])] if self.captioned else []
 
 
-class Part:
+def walk(folder):
+    """
+    All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice, so
+    that a loop of links ends. Raises ValueError where there is no such folder, OSError where one cannot be
+    listed.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no folder {folder!r}")
+
+    def refuse(error):
+        raise OSError(f"folder {error.filename} cannot be read ({error.strerror})")
+
+    found, seen = [], set()
+    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        place = os.stat(here)
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders.sort()
+        below = os.path.relpath(here, folder)
+        found += [name if below == "." else os.path.join(below, name) for name in files]
+    return sorted(found)
+
+
+def ending(path):
+    return os.path.splitext(path)[1][1:].lower()
+
+
+def read_folder(folder):
+    return Files(folder, folder, [path for path in walk(folder) if ending(path) in IMAGE_ENDINGS])
+
+
+def read_imagenet(folder):
+    """
+    Images named in FOLDER_list.txt, by paths from the folder or from the list; without a list, all in it.
+    """
+    listing = f"{os.path.normpath(folder)}_list.txt"
+    if not os.path.exists(listing):
+        return read_folder(folder)
+    paths = [line.rsplit(None, 1)[0] for line in list_lines(listing) if len(line.split()) > 1]
+    roots = (folder, os.path.dirname(listing))
+    root = next((r for r in roots if any(os.path.exists(os.path.join(r, p)) for p in paths[:100])), folder)
+    return Files(listing, root, paths)
+
+
+class Pairs(Files):
+    """Images with a caption file of the same path but for the ending `.txt`; others are left out."""
+
+    def __init__(self, folder):
+        paths = walk(folder)
+        stems = {path[:-4] for path in paths if path.endswith(".txt")}
+        images = [path for path in paths
+                  if ending(path) in IMAGE_ENDINGS and os.path.splitext(path)[0] in stems]
+        if not images:
+            raise ValueError(f"{folder} holds no image with a text file of the same stem")
+        super().__init__(folder, folder, images)
+        self.captioned = True
+
+    def captions(self, i):
+        path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + ".txt")
+        try:
+            with open(path, "rb") as f:
+                return caption_lines(f.read(), path)
+        except OSError as e:
+            raise Unreadable(f"caption file {path} cannot be read ({e.strerror})") from None
+
+
+def read_coco(folder, captions, split):
+    """
+    A folder of images, and a JSON of one of two kinds. MS-COCO's own: `images` (id, file_name) and
+    `annotations` (image_id, caption). The Karpathy split: `images` (filepath if any, filename, split,
+    sentences with `raw`), of which `train` takes train and restval, and `val` takes val. Images without a
+    caption are left out.
+    Raises ValueError where the folder or file is missing, broken, empty, or names images that are not there.
+    """
+    if not os.path.isdir(folder):
+        raise ValueError(f"there is no image folder {folder!r}")
+    try:
+        with open(captions, encoding="utf-8") as f:
+            record = json.load(f)
+        texts = {}
+        if "annotations" in record:
+            for note in record["annotations"]:
+                texts.setdefault(note["image_id"], []).append(str(note["caption"]))
+            items = [(str(image["file_name"]), texts[image["id"]])
+                     for image in record["images"] if image["id"] in texts]
+        else:
+            splits = {"train": ("train", "restval")}.get(split, (split,))
+            items = [(os.path.join(image.get("filepath", ""), image["filename"]),
+                      [str(sentence["raw"]) for sentence in image["sentences"]])
+                     for image in record["images"] if image["split"] in splits and image["sentences"]]
+    except FileNotFoundError:
+        raise ValueError(f"there is no captions file {captions!r}") from None
+    except OSError as e:
+        raise ValueError(f"captions file {captions!r} cannot be read ({e.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ValueError(f"{captions} is neither a COCO captions JSON (`images` and `annotations`) nor a "
+                         f"Karpathy split ({type(e).__name__}: {e})") from None
+    if not items:
+        raise ValueError(f"{captions} holds no captioned image")
+    return Files(captions, folder, *zip(*items))
+
+
+def read_tsv(path):
+    """
+    Lines `caption TAB path`, paths from where the file lies; lines of one path are captions of one image.
+    """
+    texts = {}
+    for number, line in enumerate(list_lines(path), 1):
+        caption, *rest = line.split("\t")
+        if line.strip():
+            if not rest or not rest[0].strip() or not caption.strip():
+                raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a caption, a tab, and a path")
+            texts.setdefault(rest[0].strip(), []).append(caption.strip())
+    return Files(path, os.path.dirname(path), list(texts), list(texts.values()))
+
+
+class Fake(Dataset):
+    """Images of random pixels, a caption of eight random words each; a pure function of (split, i)."""
+
+    def __init__(self, split, n, size):
+        if len(size) != 2 or min(size) < 1:
+            raise ValueError(f"--fake_size {','.join(map(str, size))} is not a width,height such as 500,375")
+        self.split, self.n, self.size = split, n, size
+
+    def __len__(self):
+        return self.n
+
+    def identity(self):
+        return digest("fake", self.split, self.n, self.size)
+
+    def image(self, i, least=0):
+        rng = np.random.RandomState(zlib.crc32(f"{self.split} {i}".encode()))
+        return Image.fromarray(np.frombuffer(rng.bytes(3 * self.size[0] * self.size[1]), np.uint8)
+                               .reshape(self.size[1], self.size[0], 3))
+
+    def captions(self, i):
+        return [" ".join(random.Random(f"fake {self.split} {i}").choices((*COLOURS, *SHAPES), k=8))]
+
+
+# -----------------------------------------------------------------------------
+# Tar shards
+
+# Where in its shard a sample's image and text begin, and their lengths, in bytes; 0 and 0 without a text.
+MEMBER = np.dtype([("image", "i8"), ("image_size", "i8"), ("text", "i8"), ("text_size", "i8")])
+
+
+def expand(pattern):
+    """
+    "a/{00..02}.tar,b/*.tar,@list.txt" -> ["a/00.tar", "a/01.tar", "a/02.tar", "b/x.tar", ..., and the lines
+    of the list, as paths from where it lies]; of a folder, its *.tar. Raises ValueError where one is no file.
+    """
+    found = []
+    for part in filter(None, re.split(r",(?![^{]*})", pattern)):
+        if part.startswith("@"):
+            base = os.path.dirname(part[1:])
+            paths = [os.path.join(base, line.strip()) for line in list_lines(part[1:]) if line.strip()]
+        else:
+            paths = [path for name in braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part)
+                     for path in sorted(glob.glob(name)) or [name]]
+        found += paths
+    absent = [path for path in found if not os.path.isfile(path)]
+    if absent or not found:
+        raise ValueError(f"there is no tar shard {absent[0] if absent else pattern}")
+    return found
+
+
+def braces(pattern):
+    """"{08..10}{a,b}" -> ["08a", "08b", "09a", ...], as in a shell."""
+    match = re.search(r"{([^{}]*)}", pattern)
+    if not match:
+        return [pattern]
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    names = match[1].split(",") if not span else [
+        f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
+    return [pattern[:match.start()] + name + rest for name in names for rest in braces(pattern[match.end():])]
+
+
+def index_shard(path):
+    """
+    A tar -> its samples that have an image, as an array of MEMBER in the order of the file, and a sentence
+    that says what is wrong with it, or "". Reads headers alone. Members whose paths are the same up to the
+    first dot of the name are a sample.
+    """
+    samples, fault = {}, ""
+    try:
+        with tarfile.open(path, "r:") as tar:
+            with contextlib.suppress(tarfile.ReadError):  # cut inside a member: the block at tar.offset tells
+                for member in tar:
+                    folder, name = os.path.split(member.name)
+                    key, _, kind = name.partition(".")
+                    kind = "image" if kind.lower() in IMAGE_ENDINGS else kind.lower()
+                    if kind in ("image", "txt") and member.isreg():
+                        sample = samples.setdefault((folder, key), {})
+                        sample.setdefault(kind, (member.offset_data, member.size))
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole tar ends with
+                fault = f"tar shard {path} is cut or damaged at byte {tar.offset:,}"
+    except tarfile.ReadError as e:
+        fault = f"{path} is not a tar shard that can be read ({e}); compressed ones have to be unpacked"
+    found = [(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
+             if "image" in sample]
+    found = np.array(found, MEMBER)
+    ends = np.maximum(found["image"] + found["image_size"], found["text"] + found["text_size"])
+    return found[ends <= os.path.getsize(path)], fault
+
+
+def read_index(path, index_dir):
+    """
+    index_shard(), kept in a file beside the shard or in index_dir; made anew where the shard has changed.
+    """
+    kept = f"{path}.index.npz"
+    if index_dir:
+        place = zlib.crc32(os.path.abspath(path).encode())
+        kept = os.path.join(index_dir, f"{place:08x}_{os.path.basename(kept)}")
+    stamp = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    if os.path.exists(kept):
+        with np.load(kept) as found:
+            if found["stamp"].tolist() == stamp:
+                return found["samples"], str(found["fault"])
+    try:
+        samples, fault = index_shard(path)
+    except OSError as e:  # which may pass, and so is not kept
+        return np.zeros(0, MEMBER), f"tar shard {path} cannot be read ({e.strerror})"
+    try:
+        with whole(kept) as f:
+            np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
+    except OSError as e:
+        raise OSError(f"the index {kept} cannot be written ({e.strerror}): name an --index_dir") from None
+    return samples, fault
+
+
+@functools.lru_cache(maxsize=64)
+def opened(path):
+    """An open file; read it by position alone, for processes share it after a fork."""
+    return open(path, "rb", buffering=0)
+
+
+class Tar(Dataset):
+    """
+    WebDataset shards, read where their indices say. Samples without a text are left out where others have
+    one. Shards that cannot be read, or are cut, are noted in the log, and what is whole in them is used.
+    The indices take some 20 to 30 s per million members, once. Ranks that start together share the work, and
+    a run that was stopped goes on with what is missing.
+    Raises ValueError where no sample is left, OSError where an index cannot be written.
+    """
+
+    def __init__(self, paths, index_dir="", log=""):
+        if index_dir:
+            os.makedirs(index_dir, exist_ok=True)
+        shown = time.time()
+        for i, path in enumerate(random.Random().sample(paths, len(paths))):  # in an order of the rank's own
+            read_index(path, index_dir)
+            if time.time() - shown > 5:
+                shown = time.time()
+                print(f"indexing tar shards: {i + 1:,} of {len(paths):,}", flush=True)
+        faults, shards = Faults(log), []
+        for path in paths:
+            samples, fault = read_index(path, index_dir)
+            if fault:
+                faults.note(fault)
+            shards.append(samples)
+        self.captioned = any((samples["text_size"] > 0).any() for samples in shards)
+        if self.captioned:
+            shards = [samples[samples["text_size"] > 0] for samples in shards]
+        self.paths = [path for path, samples in zip(paths, shards) if len(samples)]
+        if not self.paths:
+            raise ValueError(f"none of the {len(paths)} tar shards, {paths[0]} for one, holds an image")
+        self.samples = np.concatenate(shards)
+        self.shards = np.cumsum([0, *(len(samples) for samples in shards if len(samples))])[:-1]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def identity(self):
+        return digest([os.path.basename(path) for path in self.paths], self.shards, self.samples)
+
+    def read(self, i, kind):
+        """-> bytes of the image or text of sample i, and what to call it."""
+        path = self.paths[np.searchsorted(self.shards, i, "right") - 1]
+        start, size = int(self.samples[i][kind]), int(self.samples[i][f"{kind}_size"])
+        try:
+            content = os.pread(opened(path).fileno(), size, start)
+            name = os.pread(opened(path).fileno(), 100, start - tarfile.BLOCKSIZE)  # begins the header
+        except OSError as e:
+            raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
+        return content, f"{path}: {name.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+
+    def image(self, i, least=0):
+        content, name = self.read(i, "image")
+        return load_image(io.BytesIO(content), least, name)
+
+    def captions(self, i):
+        return caption_lines(*self.read(i, "text")) if self.captioned else []
+
+
+# -----------------------------------------------------------------------------
+
+class Part(Dataset):
     """Some items of a data set, as a data set."""
 
     def __init__(self, dataset, indices):
-        self.dataset, self.indices = dataset, indices
+        self.dataset, self.indices, self.captioned = dataset, indices, dataset.captioned
 
     def __len__(self):
         return len(self.indices)
 
-    def image(self, i):
-        return self.dataset.image(self.indices[i])
+    def identity(self):
+        return digest(self.dataset.identity(), self.indices)
+
+    def image(self, i, least=0):
+        return self.dataset.image(self.indices[i], least)
 
     def captions(self, i):
         return self.dataset.captions(self.indices[i])
 
 
-def spread(dataset, count):
-    """`count` items (or all, if fewer) spread at random over a data set, the same every time: what validation reads."""
-    return Part(dataset, np.random.RandomState(0).permutation(len(dataset))[:count].tolist())
+def spread(dataset, count, log=""):
+    """
+    `count` items (all, if fewer) spread at random over what can be read, the same each time: for validation.
+    """
+    faults, items = Faults(log), []
+    for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
+        if len(items) == count:
+            break
+        if faults.attempt(lambda i=i: (dataset.captions(i), dataset.image(i, 64))):
+            items.append(i)
+        faults.check(len(dataset))
+    return Part(dataset, items)
 
 
-def open_data(config, split):
-    """DataConfig and `train`, `val` (or, for scenes, `heldout`) -> a data set."""
-    if config.data == "scenes":
-        return Scenes(split, config.n_scenes if split == "train" else 1024)
-    if config.data == "coco":
-        folder, captions = getattr(config, f"{split}_dir"), getattr(config, f"{split}_captions")
-        if not folder or not captions:
-            raise ValueError(f"--data coco needs --{split}_dir IMAGES and --{split}_captions JSON")
-        return CocoCaptions(folder, captions)
-    raise ValueError(f"--data {config.data!r} is none of: scenes, coco")
+def all_captions(dataset, log=""):
+    """Every caption that can be read."""
+    faults = Faults(log)
+    return [caption for i in range(len(dataset)) for caption in faults.attempt(dataset.captions, i) or ()]
+
+
+UNCAPTIONED = ("imagenet", "folder")  # layouts that have no captions
+
+
+def open_data(config, split, log=""):
+    """DataConfig, and `train`, `val` or, for scenes, `heldout` -> a data set; the log takes what is broken."""
+    n = config.n_scenes if split == "train" else 1024
+    where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
+    readers = {"scenes": lambda: Scenes(split, n), "fake": lambda: Fake(split, n, config.fake_size),
+               "imagenet": lambda: read_imagenet(where), "folder": lambda: read_folder(where),
+               "pairs": lambda: Pairs(where), "coco": lambda: read_coco(where, captions, split),
+               "tsv": lambda: read_tsv(where), "tar": lambda: Tar(expand(where), config.index_dir, log)}
+    if config.data not in readers:
+        raise ValueError(f"--data {config.data!r} is none of: {', '.join(readers)}")
+    if config.data in ("scenes", "fake") and where:
+        raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: name its layout by --data")
+    if config.data not in ("scenes", "fake") and not where or config.data == "coco" and not captions:
+        needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
+        raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")
+    return readers[config.data]()
 
 
 # -----------------------------------------------------------------------------
@@ -328,7 +819,7 @@ def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
     """
     w, h = image.size
     side = min(w, h)
-    x, y = (w - side) / 2, (h - side) / 2
+    x, y = (w - side) // 2, (h - side) // 2
     if rng and scale < 1:
         area = {"square": side * side, "picture": w * h}[of]
         drawn = (max(1, round((area * rng.uniform(scale, 1)) ** 0.5)) for _ in range(10))
@@ -336,9 +827,19 @@ def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
         if fits:
             side = fits
             x, y = rng.randint(0, w - side), rng.randint(0, h - side)
-    if (w, h) != (size, size) or side != size:
-        image = image.resize((size, size), Image.BILINEAR, box=(x, y, x + side, y + side), reducing_gap=2.0)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
+    if side != max(w, h):
+        image = image.crop((x, y, x + side, y + side))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, side, side), uint8
+    if side != size:  # as Pillow would resize it, to within rounding, in half the time
+        pixels = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
+    return pixels.float().div_(127.5).sub_(1)
+
+
+def least_side(size, scale):
+    """The shorter side, in pixels, of the image whose smallest crop has a side of `size`. See crop_to_tensor."""
+    if not 0 < scale <= 1:
+        raise ValueError(f"--crop_scale {scale} is not above 0 and at most 1")
+    return math.ceil(size / scale ** 0.5)
 
 
 class Pixels:
@@ -347,65 +848,203 @@ class Pixels:
     def __init__(self, dataset, size, crop_scale, crop_of="square"):
         if crop_of not in ("square", "picture"):
             raise ValueError(f"--crop_of {crop_of!r} is none of: square, picture")
-        self.dataset, self.size, self.crop_scale, self.crop_of = dataset, size, crop_scale, crop_of
+        self.dataset, self.size, self.shards = dataset, size, dataset.shards
+        self.crop_scale, self.crop_of, self.least = crop_scale, crop_of, least_side(size, crop_scale)
 
     def __len__(self):
         return len(self.dataset)
 
     def item(self, i, rng):
-        return (crop_to_tensor(self.dataset.image(i), self.size, self.crop_scale, rng, self.crop_of),)
+        image = self.dataset.image(i, self.least)
+        return (crop_to_tensor(image, self.size, self.crop_scale, rng, self.crop_of),)
 
 
 class Tokens:
     """
-    A whole data set as tokens, for BiART: codes (N, n_image) and texts (n_captions, n_text), int32, where the captions
-    of image i are texts[first[i]:first[i + 1]].
-    item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,); null, a bool tensor).
-    `null` is true with probability null_prob: this sample's reference side is to be blanked, for guidance.
+    A whole data set as tokens, for BiART, as encode_tokens() left it in a folder: codes.npy uint16 (N, crops,
+    n_image), texts.npy uint16 (n_captions, n_text) and first.npy, where the captions of image i are
+    texts[first[i]:first[i + 1]]. The files are mapped, not read: all processes of a machine share one copy,
+    of which only what is used is in memory.
+    item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,), one crop drawn by
+    rng; null, a bool tensor). `null` is true with probability null_prob: this sample's reference side is to
+    be blanked, for guidance.
     """
+    shards = None
 
-    def __init__(self, codes, texts, first, null_prob=0.0):
-        self.codes, self.texts, self.first, self.null_prob = codes, texts, first, null_prob
+    def __init__(self, folder, null_prob=0.0):
+        self.folder, self.null_prob = folder, null_prob
+        self.codes, self.texts, self.first = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+                                              for name in ("codes", "texts", "first"))
+
+    def __reduce__(self):  # a loader process maps the files anew instead of being sent a copy
+        return Tokens, (self.folder, self.null_prob)
 
     def __len__(self):
         return len(self.codes)
 
     def item(self, i, rng):
         text = self.texts[rng.randrange(self.first[i], self.first[i + 1])]
-        return text.long(), self.codes[i].long(), torch.tensor(rng.random() < self.null_prob)
+        null = torch.tensor(rng.random() < self.null_prob)
+        codes = self.codes[i, rng.randrange(self.codes.shape[1])]
+        text, codes = (torch.from_numpy(ids.astype(np.int64)) for ids in (text, codes))
+        return text, codes, null
 
 
-def encode_images(dataset, encode, size, rank=0, world=1, batch_size=64):
+# -----------------------------------------------------------------------------
+# The token cache
+
+class Encodable(torch.utils.data.Dataset):
     """
-    Every picture's codes, once: int32 (N, n_image). encode: images (B, 3, size, size) -> codes (B, n_image).
-    Ranks share the work: each fills its own stretch and leaves zeros elsewhere, to be added up by the caller.
+    A captioned data set on its way to tokens: [i] -> (crops (n, 3, size, size), text ids of every caption,
+    how many of them had to be cut), or None where it cannot be read. One crop is the centre square; of
+    several, each is a random crop of `scale` to 1 times it, a pure function of (i, n).
     """
-    n = len(dataset)
-    start, stop = n * rank // world, n * (rank + 1) // world
-    codes, began, shown = None, time.time(), time.time()
-    for i in range(start, stop, batch_size):
-        images = [crop_to_tensor(dataset.image(j), size) for j in range(i, min(i + batch_size, stop))]
-        found = encode(torch.stack(images)).int().cpu()
-        if codes is None:
-            codes = torch.zeros(n, found.shape[1], dtype=torch.int32)
-        codes[i:i + len(images)] = found
+
+    def __init__(self, dataset, tokenizer, n_text, size, crops=1, scale=1.0, log="", workers=0):
+        if len(tokenizer) > 1 << 16:
+            raise ValueError(f"the token cache holds ids below 65536: {len(tokenizer):,} tokens are too many")
+        if crops < 1:
+            raise ValueError(f"--cache_crops {crops} is less than 1")
+        self.dataset, self.tokenizer, self.n_text, self.size = dataset, tokenizer, n_text, size
+        self.crops, self.scale = crops, scale if crops > 1 else 1.0
+        self.least = least_side(size, self.scale)
+        self.workers, self.faults = workers, Faults(log, workers)
+
+    def key(self):
+        return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.identity(),
+                "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} text tokens"}
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        return self.faults.attempt(self.read, i)
+
+    def read(self, i):
+        texts = [self.tokenizer.encode_padded(text, self.n_text) for text in self.dataset.captions(i)]
+        image = self.dataset.image(i, self.least)
+        crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
+                 for n in range(self.crops)]
+        return torch.stack(crops), [ids for ids, _ in texts], sum(cut for _, cut in texts)
+
+
+def same(x):
+    return x
+
+
+def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=same, batch_size=64):
+    """
+    Encode a data set once, into files that Tokens() maps; -> the folder.
+    source: an Encodable. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of
+    what else the codes depend on. add: adds a tensor up over all ranks, and so lets them wait for each other.
+    Ranks share the work, in parts, each a file that is whole or not there, so that a run that was stopped
+    goes on where it was, with as many ranks as it likes; then the parts are joined. What cannot be read is
+    left out.
+    Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
+    """
+    key = {**key, **source.key()}
+    described = os.path.join(folder, "key.json")
+    if rank == 0:
+        if own and os.path.exists(described) and read_key(described) != key:
+            shutil.rmtree(folder)
+        os.makedirs(folder, exist_ok=True)
+        if not os.path.exists(described):
+            with whole(described) as f:
+                f.write(json.dumps(key).encode())
+    add(torch.zeros(1))
+    differ = [name for name, value in key.items() if read_key(described).get(name) != value]
+    if differ:
+        differ = " and ".join(differ)
+        raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
+
+    n = len(source)
+    size = min(4096, max(16, n // 64))  # samples to a part
+    parts = {os.path.join(folder, f"part_{i // size:06d}.npz"): range(i, min(n, i + size))
+             for i in range(0, n, size)}
+    there = [os.path.exists(path) for path in [os.path.join(folder, "first.npy"), *parts]]
+    finished, *there = add(torch.tensor(there, dtype=torch.float) * (rank == 0)).tolist()  # as rank 0 sees it
+    if finished:
+        return folder
+    todo = [part for part, done in zip(parts.items(), there) if not done][rank::world]
+    encode_parts(source, encode, todo, batch_size, rank)
+    add(torch.zeros(1))
+    if rank == 0:
+        join_parts(folder, parts)
+    add(torch.zeros(1))
+    return folder
+
+
+def read_key(path):
+    try:
+        with open(path, encoding="utf-8") as f:
+            return dict(json.load(f))
+    except (ValueError, TypeError):
+        raise ValueError(f"{path} does not describe a token cache") from None
+
+
+def encode_parts(source, encode, parts, batch_size, rank):
+    """[(path, indices)] -> at each path the codes, texts and so on of what can be read of them."""
+    batches = [(path, rows[i:i + batch_size], i + batch_size >= len(rows))
+               for path, rows in parts for i in range(0, len(rows), batch_size)]
+    loader = torch.utils.data.DataLoader(
+        source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=same, num_workers=source.workers,
+        generator=torch.Generator())
+    total, done, began, shown = sum(len(rows) for _, rows in parts), 0, time.time(), time.time()
+    codes, texts, counts, cut = [], [], [], 0
+    for (path, rows, last), samples in zip(batches, loader):
+        samples = [sample for sample in samples if sample]
+        source.faults.check(total)
+        if samples:
+            images = torch.cat([crops for crops, *_ in samples])  # (B * crops, 3, size, size)
+            found = encode(images).cpu().numpy()
+            if found.max() > 65535:
+                raise ValueError(f"the token cache holds codes below 65536, not {found.max()}")
+            codes.append(found.astype(np.uint16).reshape(len(samples), source.crops, -1))
+            for _, ids, n_cut in samples:
+                texts += ids
+                counts.append(len(ids))
+                cut += n_cut
+        if last:
+            with whole(path) as f:
+                np.savez(f, codes=np.concatenate(codes) if codes else np.zeros(0, np.uint16),
+                         texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64),
+                         cut=np.array(cut))
+            codes, texts, counts, cut = [], [], [], 0
+        done += len(rows)
         if rank == 0 and time.time() - shown > 5:
-            shown, done = time.time(), i + len(images) - start
-            left = (shown - began) / done * (stop - start - done)
-            print(f"encoding images: {done:,} of {stop - start:,}, {left:.0f} s left", flush=True)
-    return codes
+            shown = time.time()
+            left = (shown - began) / done * (total - done)
+            print(f"encoding: {done:,} of {total:,} images, ETA {int(left) // 60}:{int(left) % 60:02d}",
+                  flush=True)
 
 
-def encode_captions(dataset, tokenizer, n_text):
-    """All captions -> (texts int32 (n_captions, n_text), first (N + 1) as in Tokens, how many had to be cut)."""
-    rows, first, cut = [], [0], 0
-    for i in range(len(dataset)):
-        for caption in dataset.captions(i):
-            ids, was_cut = tokenizer.encode_padded(caption, n_text)
-            rows.append(ids)
-            cut += was_cut
-        first.append(len(rows))
-    return torch.tensor(rows, dtype=torch.int32), first, cut
+def join_parts(folder, parts):
+    """The files of encode_parts() -> those of Tokens; first.npy, written last, says that all is there."""
+    held, cut = [], 0
+    for path in parts:
+        with np.load(path) as part:
+            if len(part["counts"]):
+                held.append((path, part["codes"].shape, part["texts"].shape, part["counts"]))
+            cut += int(part["cut"])
+    if not held:
+        raise ValueError(f"no sample for {folder} could be read")
+    for column, name in enumerate(("codes", "texts"), 1):
+        shape = (sum(h[column][0] for h in held), *held[0][column][1:])
+        whole_file = os.path.join(folder, f"{name}.npy")
+        joined, row = np.lib.format.open_memmap(f"{whole_file}.part", "w+", np.uint16, shape), 0
+        for path, *_ in held:
+            with np.load(path) as part:
+                joined[row:row + len(part[name])] = part[name]
+                row += len(part[name])
+        joined.flush()
+        os.replace(f"{whole_file}.part", whole_file)
+    with whole(os.path.join(folder, "first.npy")) as f:
+        np.save(f, np.cumsum([0, *np.concatenate([counts for *_, counts in held])]))
+    for path in parts:
+        os.remove(path)
+    if cut:
+        print(f"warning: {cut:,} of {shape[0]:,} captions are longer than --n_text {shape[1]} and were cut",
+              flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -413,15 +1052,36 @@ def encode_captions(dataset, tokenizer, n_text):
 
 class Order:
     """
-    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of the data,
-    cut into global batches of world * batch_size of which every rank takes its own stretch. `place` numbers the samples
-    drawn since the beginning of training. A pure function of (seed, start, rank, world), so a run resumes at the very
-    next sample, on any number of ranks.
+    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of
+    the data, cut into global batches of world * batch_size of which every rank takes its own stretch. `place`
+    numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank, world,
+    place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each sample once over all ranks; one
+    that is no multiple of the global batch ends inside a batch, and the next epoch goes on there: nothing is
+    dropped, doubled or padded.
+
+    Of shards, given as the first sample of each, the permutation is one that reads files from front to back:
+    shards in a random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence
+    on shards, of its own.
     """
 
-    def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1):
+    def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1, shards=None, buffer=4096):
         self.n, self.batch_size, self.seed = n, batch_size, seed
         self.start, self.rank, self.world = start, rank, world
+        self.shards, self.buffer = shards, buffer
+
+    def permutation(self, epoch):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self.shards is None:
+            return torch.randperm(self.n, generator=generator)
+        shards = np.split(np.arange(self.n), self.shards[1:])
+        sequence = np.concatenate([shards[s] for s in torch.randperm(len(shards), generator=generator)])
+        moves = torch.rand(self.n, generator=generator, dtype=torch.float64) * self.buffer
+        places = np.arange(epoch * self.n, (epoch + 1) * self.n)
+        ranks = places // self.batch_size % self.world  # whose each place is
+        permutation = np.empty_like(sequence)
+        permutation[np.argsort(ranks,
+                               kind="stable")] = sequence[(torch.arange(self.n) + moves).argsort().numpy()]
+        return permutation
 
     def __iter__(self):
         epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
@@ -430,29 +1090,48 @@ class Order:
             for place in range(begin, begin + self.batch_size):
                 if place // self.n != epoch:
                     epoch = place // self.n
-                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-                    permutation = torch.randperm(self.n, generator=generator)
+                    permutation = self.permutation(epoch)
                 batch.append((int(permutation[place % self.n]), place))
             yield batch
             begin += self.world * self.batch_size
 
 
 class Placed(torch.utils.data.Dataset):
-    """Calls a view's item() with a random generator that depends on the seed and the sample's place alone."""
+    """
+    Calls a view's item() with a random generator that depends on the seed and the sample's place alone. For a
+    sample that cannot be read, the same generator draws another; None after a hundred in a row.
+    """
 
-    def __init__(self, view, seed):
-        self.view, self.seed = view, seed
+    def __init__(self, view, seed, faults):
+        self.view, self.seed, self.faults = view, seed, faults
 
     def __getitem__(self, key):
         i, place = key
-        return self.view.item(i, random.Random(f"{self.seed} {place}"))
+        rng = random.Random(f"{self.seed} {place}")
+        for _ in range(100):
+            item = self.faults.attempt(self.view.item, i, rng)
+            if item:
+                return item
+            i = rng.randrange(len(self.view))
 
 
-def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0):
-    """An endless iterator over batches of a view, each a list of stacked tensors; see Order for what comes when."""
-    order = Order(len(view), batch_size, seed, start, rank, world)
-    return iter(torch.utils.data.DataLoader(Placed(view, seed), batch_sampler=order, num_workers=workers,
-                                            pin_memory=torch.cuda.is_available()))
+def stack(samples):
+    return torch.utils.data.default_collate(samples) if all(samples) else None
+
+
+def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0, buffer=4096, log=""):
+    """
+    An endless iterator over batches of a view, each a list of stacked tensors: see Order for what comes when,
+    Placed for samples that cannot be read. Raises OSError where most cannot: see Faults.check().
+    """
+    faults = Faults(log, workers)
+    order = Order(len(view), batch_size, seed, start, rank, world, view.shards, buffer)
+    loader = torch.utils.data.DataLoader(Placed(view, seed, faults), batch_sampler=order, num_workers=workers,
+                                         collate_fn=stack, pin_memory=torch.cuda.is_available(),
+                                         generator=torch.Generator())  # leaves the global one as it is
+    for batch in loader:
+        faults.check(stuck=batch is None)
+        yield batch
 
 
 # -----------------------------------------------------------------------------

@@ -223,6 +223,8 @@ def main(argv):
         return print("\n".join(run.caption([picture], config.n, config.seed)))
     data_config = configure({**run.settings, **given}, "biart", DataConfig)[0]
     val = data.open_data(data_config, "val")
+    if not val.captioned:
+        raise ValueError(f"--data {data_config.data} has no captions to paint: name captioned data")
     if not config.eval:
         return show_both_ways(run, data.spread(val, config.n))
     heldout = data.open_data(data_config, "heldout") if data_config.data == "scenes" else None

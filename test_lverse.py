@@ -12,6 +12,7 @@ import dataclasses
 import gzip
 import hashlib
 import importlib.util
+import io
 import json
 import math
 import os
@@ -22,6 +23,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import threading
 import urllib.error
 from collections import Counter
 
@@ -29,7 +32,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms import RandomResizedCrop
 
 import augvae
@@ -441,25 +444,66 @@ def test_image_files_of_every_mode_come_out_right(tmp_path):
     image = Image.fromarray(red)
     transparent = image.convert("RGBA")
     transparent.putalpha(0)
-    rotated = Image.fromarray(np.concatenate([red, np.zeros((8, 8, 3), np.uint8)]))
-    exif = Image.Exif()
-    exif[0x0112] = 3  # upside down
+    half = Image.fromarray(np.concatenate([red, np.zeros((8, 8, 3), np.uint8)], 1))  # red on the left
     cases = {"rgb.png": (image, (200, 0, 0)), "palette.png": (image.quantize(4), (200, 0, 0)),
              "grey.png": (image.convert("L"), (60, 60, 60)), "rgba.png": (transparent, (255, 255, 255)),
-             "cmyk.jpg": (image.convert("CMYK"), (200, 0, 0)),
-             "grey16.png": (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), (100, 100, 100))}
+             "la.png": (transparent.convert("LA"), (255, 255, 255)),
+             "bits.png": (Image.new("1", (8, 8), 1), (255,) * 3),
+             "cmyk.jpg": (image.convert("CMYK"), (200, 0, 0)), "grey.jpg": (image.convert("L"), (60, 60, 60)),
+             "grey16.png": (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), (100, 100, 100)),
+             "grey16.tif": (Image.fromarray(np.full((8, 8), 257 * 100, np.uint16)), (100, 100, 100))}
     for name, (picture, colour) in cases.items():
         picture.save(tmp_path / name)
-        loaded = data.load_image(tmp_path / name)
+        loaded = data.load_image(tmp_path / name, least=4)
         assert loaded.mode == "RGB"
-        assert np.abs(np.asarray(loaded, int)[4, 4] - colour).max() <= 3, name
-    rotated.save(tmp_path / "exif.png", exif=exif)
-    assert np.asarray(data.load_image(tmp_path / "exif.png"))[12, 4, 0] == 200
+        assert np.abs(np.asarray(loaded, int)[2, 2] - colour).max() <= 3, name
+    image.quantize(4).save(tmp_path / "clear.png", transparency=0)
+    assert np.asarray(data.load_image(tmp_path / "clear.png")).min() == 255
+    for orientation in range(1, 9):  # as Pillow's own slower way turns it
+        for ending in ("png", "jpg", "tif"):
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            half.save(tmp_path / f"turned.{ending}", exif=exif,
+                      **({"quality": 100} if ending == "jpg" else {}))
+            expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / f"turned.{ending}")))
+            assert np.array_equal(np.asarray(data.load_image(tmp_path / f"turned.{ending}")),
+                                  expected), orientation
+
+
+def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
+    train.photograph(1600, 1200).save(tmp_path / "large.jpg", quality=95)
+    sizes = {0: (1600, 1200), 700: (1600, 1200), 300: (400, 300), 301: (800, 600), 1: (200, 150)}
+    for least, size in sizes.items():
+        assert data.load_image(tmp_path / "large.jpg", least).size == size
+    whole, small = (data.crop_to_tensor(data.load_image(tmp_path / "large.jpg", least), 128)
+                    for least in (0, 128))
+    assert (whole - small).abs().mean() < 0.02
+
+
+def denied(*_arguments):
+    raise PermissionError(13, "Permission denied")
+
+
+def test_unreadable_images_are_named(tmp_path, monkeypatch):
+    picture = Image.fromarray(np.random.RandomState(0).randint(0, 256, (64, 64, 3), np.uint8))
+    for ending in ("png", "jpg"):
+        picture.save(tmp_path / f"whole.{ending}")
+        content = (tmp_path / f"whole.{ending}").read_bytes()
+        (tmp_path / f"cut.{ending}").write_bytes(content[:len(content) // 2])
     (tmp_path / "text.png").write_text("no picture")
-    (tmp_path / "cut.png").write_bytes((tmp_path / "rgb.png").read_bytes()[:50])
-    for name in ("text.png", "cut.png", "absent.png"):
-        with pytest.raises(ValueError, match=name):
-            data.load_image(tmp_path / name)
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    (tmp_path / "folder.png").mkdir()
+    for name in ("cut.png", "cut.jpg", "text.png", "empty.jpg", "loop.png", "folder.png", "absent.png"):
+        with pytest.raises(data.Unreadable, match=f"{name}[^\n]*$"):
+            data.load_image(tmp_path / name, least=16)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    with pytest.raises(data.Unreadable, match="decompression bomb"):
+        data.load_image(tmp_path / "whole.jpg", least=16)
+    monkeypatch.setattr(Image, "open", denied)
+    with pytest.raises(data.Unreadable,
+                       match="whole.png is not an image that can be read .Permission denied"):
+        data.load_image(tmp_path / "whole.png")
 
 
 def test_crops():
@@ -471,6 +515,29 @@ def test_crops():
     c = data.crop_to_tensor(image, 32, 0.5, random.Random(2))
     assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.abs().max() <= 1
     assert (np.asarray(data.to_image(centre)) == np.array(image)[:, 16:64]).all()
+    for size in (20, 100):  # resizing is Pillow's, to within rounding
+        resized = image.crop((16, 0, 64, 48)).resize((size, size), Image.BILINEAR)
+        ours = np.asarray(data.to_image(data.crop_to_tensor(image, size)), int)
+        assert np.abs(ours - np.asarray(resized, int)).max() <= 1
+    for scale in (0.0, -1.0, 1.5):
+        with pytest.raises(ValueError, match="crop_scale"):
+            data.Pixels(data.Scenes("train", 4), 32, scale)
+
+
+def noise(path, i, size=64):
+    """Write image number i of random pixels."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(path)
+    return path
+
+
+def pack(path, members):
+    """Write a tar of (name, bytes)."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
 
 
 def test_crops_of_the_whole_picture_are_those_of_torchvision():
@@ -494,34 +561,302 @@ def test_crops_of_the_whole_picture_are_those_of_torchvision():
 
 def coco(tmp_path, n=4, size=64):
     """A small data set in the MS-COCO captions layout -> (folder, JSON path, the JSON's content)."""
-    folder = tmp_path / "images"
-    folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
-        Image.fromarray(np.random.RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(folder / f"{i}.png")
+        noise(tmp_path / "images" / f"{i}.png", i, size)
     record = {"images": [{"id": i + 100, "file_name": f"{i}.png"} for i in range(n)],
               "annotations": [{"image_id": i // 2 + 100, "caption": f"caption {i}"} for i in range(2 * n - 2)]}
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(record))
-    return folder, path, record
+    return tmp_path / "images", path, record
+
+
+def layout(kind, base, n=4):
+    """
+    A data set of n images below a folder, in one of the layouts -> settings for train.py. Image i is noise(i)
+    as PNG and has captions `red i` and `blue i`, or none.
+    """
+    names = [f"class {i % 2}/{i}.png" for i in range(n)]
+    captions = [[f"red {i}", f"blue {i}"] for i in range(n)]
+    for i, name in enumerate(names):
+        noise(base / "train" / name, i)
+    where = base / "train"
+    more = {}
+    if kind in ("imagenet with lists", "imagenet with long lists"):
+        prefix = "train/" if "long" in kind else ""
+        (base / "train_list.txt").write_text("".join(f"{prefix}{name} {i % 2}\n" for i,
+                                                     name in enumerate(names)))
+        noise(where / "class 0" / "unlisted.png", 99)
+    elif kind == "pairs":
+        for name, texts in zip(names, captions):
+            (where / name).with_suffix(".txt").write_text("\n".join([*texts, "", " "]))
+        noise(where / "uncaptioned.png", 99)
+    elif kind == "karpathy":
+        splits = ["train", "restval"]
+        record = {"images": [{"filepath": os.path.dirname(name), "filename": os.path.basename(name),
+                              "split": splits[i % 2],
+                              "sentences": [{"raw": text} for text in captions[i]]} for i,
+                             name in enumerate(names)]}
+        record["images"] += [{**record["images"][0], "split": "val"},
+                             {**record["images"][0], "split": "test"}]
+        (base / "split.json").write_text(json.dumps(record))
+        more = {"train_captions": base / "split.json", "val_captions": base / "split.json"}
+    elif kind == "tsv":
+        where = base / "train.tsv"
+        where.write_text("".join(f"{text}\ttrain/{name}\n" for name, texts in zip(names, captions)
+                                 for text in texts))
+    elif kind == "tar":
+        for shard in range(2):
+            pack(base / f"{shard:03d}.tar", [member for i in range(shard, n, 2) for member in (
+                (f"{i}.png", (base / "train" / names[i]).read_bytes()), (f"{i}.json", b"{}"),
+                (f"{i}.txt", "\n".join(captions[i]).encode()))])
+        where = base / "{000..001}.tar"
+    return {"data": kind.split()[0].replace("karpathy", "coco"), "train_dir": where, "val_dir": where, **more}
+
+
+LAYOUTS = ["imagenet with lists", "imagenet with long lists", "imagenet without", "folder", "pairs",
+           "karpathy", "tsv", "tar"]
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_every_layout(kind, tmp_path):
+    settings = {name: str(value) for name, value in layout(kind, tmp_path).items()}
+    dataset = data.open_data(DataConfig(**settings), "train")
+    expected = {noise(tmp_path / "expected.png", i).read_bytes(): i for i in range(4)}
+    found = []
+    for i in range(len(dataset)):
+        dataset.image(i).save(tmp_path / "again.png")
+        found.append(expected.pop((tmp_path / "again.png").read_bytes()))
+        assert dataset.captions(i) == ([f"red {found[-1]}", f"blue {found[-1]}"] if dataset.captioned else [])
+    assert sorted(found) == [0, 1, 2, 3]
+    assert dataset.captioned == (settings["data"] not in data.UNCAPTIONED)
+    assert dataset.identity() == data.open_data(DataConfig(**settings), "train").identity()
+    assert len(pickle.loads(pickle.dumps(dataset))) == 4
+    if kind == "karpathy":
+        val = data.open_data(DataConfig(**settings), "val")
+        assert len(val) == 1 and val.identity() != dataset.identity()
+    with pytest.raises(ValueError, match=f"--data {settings['data']} needs --train_dir"):
+        data.open_data(DataConfig(data=settings["data"]), "train")
+    with pytest.raises(ValueError, match="there is no .*absent"):
+        data.open_data(DataConfig(**{**settings, "train_dir": "absent"}), "train")
+
+
+def test_captions_keep_their_image_where_stems_are_equal(tmp_path):
+    for i, folder in enumerate(("a", "b", "a/c")):
+        noise(tmp_path / folder / "same.png", i)
+        (tmp_path / folder / "same.txt").write_text(f"in {folder}")
+    dataset = data.Pairs(str(tmp_path))
+    assert {dataset.paths[i]: dataset.captions(i) for i in range(3)} == {
+        f"{folder}/same.png": [f"in {folder}"] for folder in ("a", "b", "a/c")}
 
 
 def test_coco_layout(tmp_path):
     folder, path, _ = coco(tmp_path)
-    dataset = data.CocoCaptions(str(folder), str(path))
+    dataset = data.read_coco(str(folder), str(path), "train")
     assert len(dataset) == 3  # the last image has no caption
     assert dataset.captions(1) == ["caption 2", "caption 3"]
     assert dataset.image(1).size == (64, 64)
     (tmp_path / "empty").mkdir()
     cases = [("absent", path, "no image folder"), (folder, tmp_path / "absent.json", "no captions file"),
-             (tmp_path / "empty", path, "names 3 of 3 images")]
-    for name, text in (("broken", "{"), ("list", "[]"), ("keys", '{"images": []}'), ("number", '{"annotations": 3}')):
+             (tmp_path / "empty", path, "names images that are not in .*empty, 0.png for one")]
+    for name, text in (("broken", "{"), ("list", "[]"), ("keys", '{"images": [1]}'),
+                       ("number", '{"annotations": 3}')):
         (tmp_path / f"{name}.json").write_text(text)
-        cases.append((folder, tmp_path / f"{name}.json", "not a COCO captions JSON"))
+        cases.append((folder, tmp_path / f"{name}.json", "neither a COCO captions JSON"))
+    (tmp_path / "latin.json").write_bytes(path.read_bytes().replace(b"caption", b"\xe9"))
+    cases.append((folder, tmp_path / "latin.json", "neither a COCO captions JSON"))
     (tmp_path / "none.json").write_text('{"images": [], "annotations": []}')
     cases.append((folder, tmp_path / "none.json", "no captioned image"))
     for images, captions, message in cases:
         with pytest.raises(ValueError, match=message):
-            data.CocoCaptions(str(images), str(captions))
+            data.read_coco(str(images), str(captions), "train")
+
+
+def test_bad_lists_are_refused_with_a_sentence(tmp_path):
+    noise(tmp_path / "a.png", 0)
+    cases = {"caption a.png\n": "line 1: 'caption a.png' is not", "\ta.png\n": "line 1",
+             "x\ta.png\ny\t\n": "line 2",
+             "": "holds no captioned image|holds no image", "x\tb.png\n": "b.png for one",
+             "\xe9\ta.png": "not UTF-8"}
+    for text, message in cases.items():
+        (tmp_path / "list.tsv").write_bytes(text.encode("latin-1"))
+        with pytest.raises(ValueError, match=message):
+            data.read_tsv(str(tmp_path / "list.tsv"))
+    (tmp_path / "odd.tsv").write_text("﻿a  b\ta.png\textra\n\n\U0001f600\ta.png\n", encoding="utf-8")
+    assert data.read_tsv(str(tmp_path / "odd.tsv")).captions(0) == ["a  b", "\U0001f600"]
+    (tmp_path / "train_list.txt").write_text("n01/absent.JPEG 3\n")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(ValueError, match="n01/absent.JPEG for one"):
+        data.read_imagenet(str(tmp_path / "train"))
+    for read in (data.read_folder, data.Pairs, data.read_imagenet):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with pytest.raises(ValueError, match="holds no image"):
+            read(str(tmp_path / "empty"))
+
+
+def test_a_loop_of_links_ends_and_a_locked_folder_is_refused(tmp_path, monkeypatch):
+    noise(tmp_path / "a" / "b" / "0.png", 0)
+    (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "self").symlink_to(tmp_path / "a" / "self")
+    noise(tmp_path / "elsewhere" / "1.png", 1)
+    (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert data.walk(str(tmp_path / "a")) == ["b/0.png", "linked/1.png", "self"]
+    scandir = os.scandir
+
+    def locked(path):
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", locked)
+    with pytest.raises(OSError, match="folder .*/a/b cannot be read .Permission denied"):
+        data.walk(str(tmp_path / "a"))
+
+
+def test_tar_patterns(tmp_path):
+    for name in ("00", "01", "02", "10", "a,b"):
+        pack(tmp_path / f"{name}.tar", [])
+
+    def names(pattern):
+        return [os.path.basename(path)[:-4] for path in data.expand(pattern)]
+    base = str(tmp_path)
+    (tmp_path / "list.txt").write_text("10.tar\n\n00.tar\n")
+    assert names(f"{base}/{{00..02}}.tar") == ["00", "01", "02"]
+    assert names(f"{base}/{{00,02}}.tar,{base}/1?.tar") == ["00", "02", "10"]
+    assert names(f"{base}/{{0,1}}{{0..0}}.tar") == ["00", "10"]
+    assert names(f"@{base}/list.txt,{base}/01.tar") == ["10", "00", "01"]
+    assert names(base) == ["00", "01", "02", "10", "a,b"]
+    assert data.braces("x{8..11}") == ["x8", "x9", "x10", "x11"]
+    for pattern in (f"{base}/{{00..03}}.tar", f"{base}/b*.tar", f"@{base}/absent.txt", ","):
+        with pytest.raises(ValueError, match="there is no"):
+            data.expand(pattern)
+
+
+def test_tar_shards_are_grouped_by_key_and_read_in_place(tmp_path):
+    picture = noise(tmp_path / "0.png", 0).read_bytes()
+    long = "very_long_folder_name/" * 9
+    pack(tmp_path / "0.tar", [("x/1.png", picture), ("y/1.txt", b"y"), ("x/1.txt", b"one\ntwo\n"),
+                              ("y/1.png", picture),
+                              ("x/2.seg.png", b""), ("x/2.txt", b"no image"), (f"{long}3.JPG", picture),
+                              (f"{long}3.TXT", "dreißig".encode()), ("4.png", picture)])
+    dataset = data.Tar([str(tmp_path / "0.tar")])
+    # 4 has no caption
+    assert [dataset.captions(i) for i in range(len(dataset))] == [["one", "two"], ["y"], ["dreißig"]]
+    assert all(np.array_equal(dataset.image(i), Image.open(tmp_path / "0.png")) for i in range(3))
+    pack(tmp_path / "1.tar", [("5.png", b"broken"), ("5.txt", b"\xff"), ("6.png", picture),
+                              ("6.txt", b" \n")])
+    both = data.Tar([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")])
+    assert len(both) == 5 and both.shards.tolist() == [0, 3]
+    for i, read, message in ((3, both.image, "1.tar: 5.png is not an image"),
+                             (3, both.captions, "1.tar: 5.txt is not UTF-8"),
+                             (4, both.captions, "1.tar: 6.txt is empty")):
+        with pytest.raises(data.Unreadable, match=message):
+            read(i)
+    # the old index is not used for a new shard
+    pack(tmp_path / "1.tar", [("7.png", picture), ("7.txt", b"seven")])
+    assert data.Tar([str(tmp_path / "0.tar"), str(tmp_path / "1.tar")]).captions(3) == ["seven"]
+    pack(tmp_path / "2.tar", [("8.png", picture)])
+    uncaptioned = data.Tar([str(tmp_path / "2.tar")])
+    assert not uncaptioned.captioned and uncaptioned.captions(0) == []
+
+
+def test_broken_tar_shards(tmp_path, monkeypatch):
+    picture = noise(tmp_path / "0.png", 0).read_bytes()
+    for name in ("whole", "cut", "header", "zero", "garbage"):
+        pack(tmp_path / f"{name}.tar", [m for i in range(6)
+                                        for m in ((f"{i}.txt", b"text"), (f"{i}.png", picture))])
+    # of a sample: two headers, a block of text, the image
+    size = 4 * 512 + 512 * -(-len(picture) // 512) - 512
+    content = (tmp_path / "whole.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(content[:2 * size + 1700])  # inside the third image
+    (tmp_path / "header.tar").write_bytes(content[:3 * size])
+    (tmp_path / "garbage.tar").write_bytes(content[:4 * size] + b"\xaa" * 512 + content[4 * size + 512:])
+    (tmp_path / "zero.tar").write_bytes(b"")
+    with gzip.open(tmp_path / "gzip.tar", "wb") as f:
+        f.write(content)
+    names = ["whole", "cut", "header", "zero", "garbage", "gzip"]
+    log = tmp_path / "log"
+    for _ in range(2):  # the second time from the indices
+        dataset = data.Tar([str(tmp_path / f"{name}.tar") for name in names], log=str(log))
+        assert len(dataset) == 6 + 2 + 3 + 4
+        assert all(dataset.image(i).size == (64, 64) and dataset.captions(i) == ["text"]
+                   for i in range(len(dataset)))
+    assert data.count_faults(log) == 5
+    for name, message in zip(names[1:], ["is cut"] * 2 + ["not a tar shard", "is cut", "not a tar shard"]):
+        assert [line for line in log.read_text().splitlines() if f"{name}.tar" in line
+                and message in line], name
+    with pytest.raises(ValueError, match="none of the 2 tar shards, .*zero.tar for one, holds an image"):
+        data.Tar([str(tmp_path / f"{name}.tar") for name in ("zero", "gzip")])
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(OSError):
+        data.Tar([str(tmp_path / "whole.tar")], str(tmp_path / "file"))
+    before = sorted(os.listdir(tmp_path))
+    apart = str(tmp_path / "apart")
+    with monkeypatch.context() as locked:
+        locked.setattr(tarfile, "open", denied)
+        with pytest.raises(ValueError, match="holds an image"):
+            data.Tar([str(tmp_path / "whole.tar")], apart, str(log))
+    assert "whole.tar cannot be read (Permission denied)" in log.read_text()
+    assert len(data.Tar([str(tmp_path / "whole.tar")], apart)) == 6  # it was not taken for empty for good
+    assert len(os.listdir(tmp_path / "apart")) == 1 and sorted(os.listdir(tmp_path)) == sorted([*before,
+                                                                                                "apart"])
+
+
+def test_fake_images():
+    dataset = data.open_data(DataConfig(data="fake", n_scenes=3, fake_size=(30, 20)), "train")
+    val = data.open_data(DataConfig(data="fake", fake_size=(30, 20)), "val")
+    assert len(dataset) == 3 and dataset.image(1).size == (30,
+                                                           20) and len(dataset.captions(1)[0].split()) == 8
+    assert np.array_equal(dataset.image(1), dataset.image(1)) and not np.array_equal(dataset.image(1),
+                                                                                     val.image(1))
+    for size in ((30,), (0, 20)):
+        with pytest.raises(ValueError, match="fake_size"):
+            data.open_data(DataConfig(data="fake", fake_size=size), "train")
+
+
+class Numbers:
+    """A view whose items are their own numbers, and what the generator says; of some the files are bad."""
+
+    def __init__(self, n, shards=None, bad=()):
+        self.n, self.shards, self.bad = n, shards, set(bad)
+
+    def __len__(self):
+        return self.n
+
+    def item(self, i, rng):
+        if i in self.bad:
+            raise data.Unreadable(f"number {i} is bad")
+        return torch.tensor(i), torch.tensor(rng.random())
+
+
+def drawn(view, steps, *arguments, **options):
+    """The numbers of some batches, and what the generators said."""
+    loader = data.batches(view, *arguments, **options)
+    found = [next(loader) for _ in range(steps)]
+    return [i for numbers, _ in found for i in numbers.tolist()], [x for _, said in found
+                                                                   for x in said.tolist()]
+
+
+SHARDS = np.array([0, 4, 5, 11, 17])
+
+
+@pytest.mark.parametrize("shards", [None, SHARDS], ids=["single files", "shards"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_epoch_holds_every_sample_once_and_resumes_anywhere(shards, world):
+    n, batch, steps = 23, 2, 12
+    view, found = Numbers(n, shards), []
+    for workers in (0, 1, 2):
+        ranks = [drawn(view, steps, batch, 5, 0, rank, world, workers, buffer=3) for rank in range(world)]
+        # side by side again, a global batch after the other
+        order = [rank[0][i * batch + j] for i in range(steps) for rank in ranks for j in range(batch)]
+        for epoch in range(len(order) // n):
+            assert sorted(order[epoch * n:(epoch + 1) * n]) == list(range(n))
+        found.append(ranks)
+    assert found[0] == found[1] == found[2]
+    for start in range(steps):
+        rank = start % world
+        again = drawn(view, steps - start, batch, 5, start, rank, world, 2 if start == 7 else 0, buffer=3)
+        assert again == tuple(column[start * batch:] for column in found[0][rank])
+    other = drawn(view, steps, batch, 6, 0, 0, world, buffer=3)
+    assert other[0] != found[0][0][0]
 
 
 def test_order_covers_every_sample_once_and_resumes():
@@ -549,6 +884,26 @@ def test_order_covers_every_sample_once_and_resumes():
         assert whole == [key for rank in range(world) for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
 
 
+def test_shards_are_read_front_to_back_each_by_one_rank():
+    starts, n, world, buffer = np.arange(0, 1200, 100), 1200, 3, 20
+    order = [[] for _ in range(world)]
+    for rank in range(world):
+        stream = iter(data.Order(n, 8, 1, 0, rank, world, starts, buffer))
+        order[rank] = [i for _ in range(n // world // 8) for i, _ in next(stream)]
+    # split where ranks meet
+    assert sum(len({i // 100 for i in mine}) for mine in order) <= 12 + 2 * (world - 1)
+    for mine in order:
+        for shard in {i // 100 for i in mine}:
+            places, numbers = zip(*((place, i) for place, i in enumerate(mine) if i // 100 == shard))
+            assert places[-1] - places[0] < len(places) + 2 * buffer
+            assert len(numbers) < 50 or list(numbers) != sorted(numbers)
+            # a sample has moved by what the buffer holds, and as many others at most have moved past it
+            assert np.abs(np.argsort(numbers) - np.arange(len(numbers))).max() <= buffer
+    firsts = [data.Order(n, 8, shards=starts, buffer=buffer).permutation(epoch)[0] // 100
+              for epoch in range(5)]
+    assert len(set(firsts)) > 1
+
+
 def test_batches_are_the_same_with_and_without_workers():
     view = data.Pixels(data.Scenes("train", 10), 32, 0.5)
     for step in range(3):
@@ -556,18 +911,183 @@ def test_batches_are_the_same_with_and_without_workers():
         assert torch.equal(next(a)[0], next(b)[0])
 
 
-def test_tokens_view_draws_captions_and_nulls():
-    scenes, tok = data.Scenes("train", 5), Tokenizer.train(["a small red circle"], 300)
-    codes = data.encode_images(scenes, lambda x: x.flatten(1)[:, :4].mul(100), 64, batch_size=2)
-    halves = [data.encode_images(scenes, lambda x: x.flatten(1)[:, :4].mul(100), 64, rank, 2) for rank in (0, 1)]
-    assert torch.equal(codes, halves[0] + halves[1])
-    texts, first, cut = data.encode_captions(scenes, tok, 12)
-    assert texts.shape == (30, 12) and first == [0, 6, 12, 18, 24, 30] and cut == 30
-    view = data.Tokens(codes, texts, first, null_prob=0.5)
-    drawn = [view.item(2, random.Random(i)) for i in range(200)]
-    assert len({tuple(text.tolist()) for text, _, _ in drawn}) == len({tuple(t.tolist()) for t in texts[12:18]})
-    assert all(torch.equal(image, codes[2].long()) for _, image, _ in drawn)
-    assert 60 < sum(null.item() for *_, null in drawn) < 140
+def test_batches_leave_the_global_generator_alone():
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    next(data.batches(Numbers(8), 2))
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_bad_samples_are_replaced_noted_and_counted(tmp_path):
+    bad, found = (2, 3, 11), []
+    whole = drawn(Numbers(23), 12, 4)
+    for workers in (0, 1, 2):
+        log = tmp_path / f"{workers}.log"
+        found.append(drawn(Numbers(23, bad=bad), 12, 4, workers=workers, log=str(log)))
+        assert set(log.read_text().splitlines()) == {f"number {i} is bad" for i in bad}
+        assert data.count_faults(log) == 3
+    assert found[0] == found[1] == found[2]
+    for i, j in zip(whole[0], found[0][0]):
+        assert j not in bad and (i == j or i in bad)
+    late = drawn(Numbers(23, bad=bad), 5, 4, start=7)
+    assert late == tuple(column[28:] for column in found[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_mostly_bad_data_stops_the_run(tmp_path, workers):
+    log = str(tmp_path / "log")
+    with pytest.raises(OSError, match=f"samples could not be read: {log} names them$") as error:
+        drawn(Numbers(5000, bad=range(3000)), 1000, 8, workers=workers, log=log)
+    bad, tried = (int(word) for word in str(error.value).split() if word.isdigit())
+    assert 500 < bad < 600 and bad < tried < 1100
+    with pytest.raises(OSError, match="could not be read"):
+        drawn(Numbers(10, bad=range(10)), 1, 2, workers=workers, log=log)
+    drawn(Numbers(5000, bad=range(2000)), 1000, 8, workers=workers, log=log)
+
+
+def test_validation_items_can_be_read(tmp_path):
+    folder, path, _ = coco(tmp_path, n=9)
+    (folder / "3.png").write_bytes(b"")
+    (folder / "5.png").unlink()
+    dataset = data.read_coco(str(folder), str(path), "val")
+    some = data.spread(dataset, 4, str(tmp_path / "log"))
+    assert len(some) == 4 and len(data.spread(dataset, 100)) == 6 and data.count_faults(tmp_path / "log") <= 2
+    assert [some.captions(i) for i in range(4)] == [data.spread(dataset, 4).captions(i) for i in range(4)]
+    for i in range(5):
+        (folder / f"{i}.png").write_bytes(b"")
+    with pytest.raises(OSError, match="could not be read"):
+        data.spread(dataset, 4)
+
+
+def brightness(images):
+    """A stand-in for an encoder: (B, 3, 64, 64) -> codes (B, 4)."""
+    return images.unflatten(2, (4, 16)).mean((1, 3, 4)).add(1).mul(500).int()
+
+
+def encodable(tmp_path, n=40, **options):
+    """
+    A data set in pairs, of which image 3 is broken, and caption file 7; a tokenizer; both as an Encodable.
+    """
+    if not (tmp_path / "pairs").exists():
+        for i in range(n):
+            noise(tmp_path / "pairs" / f"{i:02d}.png", i, 70)
+            (tmp_path / "pairs" / f"{i:02d}.txt").write_text("\n".join(f"caption {i} {j}"
+                                                                       for j in range(i % 3 + 1)))
+        (tmp_path / "pairs" / "03.png").write_bytes(b"no image")
+        (tmp_path / "pairs" / "07.txt").write_bytes(b"\xff")
+    dataset, tok = data.Pairs(str(tmp_path / "pairs")), Tokenizer.train(["caption 1 2 3"] * 4, 270)
+    return data.Encodable(dataset, tok, 12, 64, log=str(tmp_path / "log"), **options), dataset, tok
+
+
+def test_token_cache_equals_encoding_one_by_one(tmp_path):
+    source, dataset, tok = encodable(tmp_path)
+    tokens = data.Tokens(data.encode_tokens(source, brightness, str(tmp_path / "out"), {}, batch_size=7),
+                         null_prob=0.5)
+    kept = [i for i in range(40) if i not in (3, 7)]
+    assert len(tokens) == 38 and tokens.codes.dtype == tokens.texts.dtype == np.uint16
+    assert isinstance(tokens.codes, np.memmap) and data.count_faults(tmp_path / "log") == 2
+    for row, i in enumerate(kept):
+        expected = brightness(data.crop_to_tensor(dataset.image(i), 64)[None])[0]
+        texts = {tuple(tok.encode_padded(text, 12)[0]) for text in dataset.captions(i)}
+        items = [tokens.item(row, random.Random(k)) for k in range(60)]
+        assert all(torch.equal(codes, expected.long()) for _, codes, _ in items)
+        assert {tuple(text.tolist()) for text, _, _ in items} == texts
+        assert 10 < sum(null.item() for *_, null in items) < 50
+    assert sorted(os.listdir(tmp_path / "out")) == ["codes.npy", "first.npy", "key.json", "texts.npy"]
+    a, b = (next(data.batches(tokens, 8, 1, workers=workers)) for workers in (0, 1))
+    assert all(torch.equal(x, y) for x, y in zip(a, b)) and len(pickle.dumps(tokens)) < 1000
+
+    several, dataset, _ = encodable(tmp_path, crops=3, scale=0.5, workers=1)
+    tokens = data.Tokens(data.encode_tokens(several, brightness, str(tmp_path / "crops"), {}))
+    assert tokens.codes.shape == (38, 3, 4) and (tokens.codes[:, 0] != tokens.codes[:, 1]).any()
+    assert len({tuple(tokens.item(0, random.Random(k))[1].tolist()) for k in range(60)}) == 3
+    crop = data.crop_to_tensor(dataset.image(5), 64, 0.5, random.Random("5 2"))
+    assert torch.equal(torch.from_numpy(tokens.codes[4, 2].astype(np.int32)), brightness(crop[None])[0])
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_share_a_token_cache(tmp_path, world):
+    source, *_ = encodable(tmp_path)
+    alone = data.encode_tokens(source, brightness, str(tmp_path / "alone"), {})
+    barrier, sums, encoded = threading.Barrier(world, timeout=60), [], [0] * world
+
+    def work(rank):
+        def add(tensor):
+            sums.append(tensor)
+            barrier.wait()
+            total = sum(sums[-world:])
+            barrier.wait()
+            return total
+
+        def encode(images):
+            encoded[rank] += len(images)
+            return brightness(images)
+        data.encode_tokens(encodable(tmp_path)[0], encode, str(tmp_path / "out"), {}, False, rank, world, add)
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum(encoded) == 38 and all(encoded)
+    for name in ("codes.npy", "texts.npy", "first.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    assert alone == str(tmp_path / "alone")
+
+
+def test_a_token_cache_goes_on_after_a_kill_and_refuses_what_does_not_match(tmp_path):
+    source, dataset, tok = encodable(tmp_path)
+    data.encode_tokens(source, brightness, str(tmp_path / "whole"), {"augvae": "a"}, batch_size=4)
+    calls, out = [], str(tmp_path / "out")
+
+    def killed(images):
+        calls.append(len(images))
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return brightness(images)
+    with pytest.raises(KeyboardInterrupt):
+        data.encode_tokens(source, killed, out, {"augvae": "a"}, batch_size=4)
+    assert sorted(os.listdir(out)) == ["key.json", "part_000000.npz"]  # of 16 images; the next was under way
+    data.encode_tokens(source, killed, out, {"augvae": "a"}, batch_size=4)
+    assert sum(calls[7:]) == 40 - 16  # of which none is bad
+    for name in ("codes.npy", "texts.npy", "first.npy"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    before = len(calls)
+    data.encode_tokens(source, killed, out, {"augvae": "a"})
+    assert len(calls) == before
+
+    others = {"augvae": (source, {"augvae": "b"}),
+              "tokenizer": (data.Encodable(dataset, Tokenizer.train(["text"], 258), 12, 64), {"augvae": "a"}),
+              "data": (data.Encodable(data.Part(dataset, range(30)), tok, 12, 64), {"augvae": "a"}),
+              "transforms": (data.Encodable(dataset, tok, 12, 64, crops=2, scale=0.5), {"augvae": "a"})}
+    for name, (other, key) in others.items():
+        with pytest.raises(ValueError,
+                           match=f"{out} holds tokens of another {name}: remove it, or name another folder"):
+            data.encode_tokens(other, killed, out, key)
+    assert len(calls) == before
+    data.encode_tokens(others["data"][0], killed, out, {"augvae": "b"}, own=True)
+    assert len(data.Tokens(out)) == 28
+    (tmp_path / "out" / "key.json").write_text("{")
+    with pytest.raises(ValueError, match="key.json does not describe a token cache"):
+        data.encode_tokens(source, killed, out, {"augvae": "a"})
+
+
+def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path):
+    source, dataset, tok = encodable(tmp_path)
+    with pytest.raises(ValueError, match="codes below 65536, not 70000"):
+        data.encode_tokens(source, lambda x: torch.full((len(x), 4), 70000), str(tmp_path / "out"), {})
+    with pytest.raises(ValueError, match="cache_crops 0"):
+        data.Encodable(dataset, tok, 12, 64, crops=0)
+
+    class Huge(Tokenizer):
+        def __len__(self):
+            return 65537
+    with pytest.raises(ValueError, match="65,537 tokens"):
+        data.Encodable(dataset, Huge(tok.kind, tok.merges), 12, 64)
+    for i in range(30):
+        (tmp_path / "pairs" / f"{i:02d}.png").write_bytes(b"")
+    with pytest.raises(OSError, match="samples could not be read"):
+        data.encode_tokens(encodable(tmp_path)[0], brightness, str(tmp_path / "bad"), {})
 
 
 def test_contact_sheet_has_room_for_everything():
@@ -1480,6 +2000,105 @@ def test_a_run_killed_at_any_moment_goes_on_exactly(finished, tmp_path):
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def spoil(folder):
+    """Break two images of four below a folder that layout() made, in different ways."""
+    (folder / "train" / "class 0" / "2.png").write_bytes(b"")
+    (folder / "train" / "class 1" / "3.png").unlink()
+    (folder / "train" / "class 1" / "3.png").symlink_to("3.png")
+
+
+def test_tar_shards_through_all_stages_the_last_on_two_ranks(tmp_path):
+    settings = layout("tar", tmp_path, 14)
+    whole = (tmp_path / "000.tar").read_bytes()
+    (tmp_path / "002.tar").write_bytes(whole[:len(whole) // 2])
+    pack(tmp_path / "003.tar", [("x.png", b"no image"), ("x.txt", b"words")])
+    where = [f"--{name}={value}" for name, value in {**settings, "train_dir": tmp_path}.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    rest = [a for a in MINIATURE if not a.startswith(("--max_iters", "--batch_size"))]
+    rest += [*where, "--batch_size=2", "--epochs=0.6", "--cache_tokens", str(tmp_path / "cache"),
+             "--cache_crops=2"]
+    for stage in train.STAGES[:2]:
+        train.main([*rest, "--stage", stage, "--out_dir", str(tmp_path / "out")])
+    printed = run(*torchrun, *rest, "--stage=biart", "--workers=1", "--device=cpu", "--out_dir",
+                  tmp_path / "out")
+    n = len(data.Tar(data.expand(str(tmp_path))))
+    assert n == 14 + 3 + 1
+    for stage, batch in zip(train.STAGES, (2, 2, 4)):
+        assert len(rows(tmp_path / "out" / f"{stage}.csv")) == math.ceil(0.6 * n / batch)
+        assert "002.tar is cut" in (tmp_path / "out" / f"{stage}_bad_images.log").read_text()
+    assert "biart: 2 files could not be read or were damaged: " in printed
+    assert "003.tar: x.png is not an image" in (tmp_path / "out" / "biart_bad_images.log").read_text()
+    tokens = data.Tokens(str(tmp_path / "cache" / "train"))
+    assert len(tokens) == n - 1 and tokens.codes.shape[1] == 2
+    # another run uses the same cache, unless its models differ
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    train.main([*rest, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    assert kept == {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*")}
+    train.main([*rest, "--stage=augvae_sl", "--out_dir", str(tmp_path / "out"), "--overwrite", "--seed=3"])
+    with pytest.raises(ValueError, match="cache/train holds tokens of another augvae"):
+        train.main([*rest, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    own = [a for a in rest if "cache" not in a]
+    train.main([*own, "--stage=biart", "--out_dir", str(tmp_path / "out"), "--overwrite"])
+    assert (tmp_path / "out" / "tokens" / "train" / "codes.npy").exists()
+
+
+def test_training_goes_on_over_bad_images_and_resumes_exactly(tmp_path, capsys):
+    settings = layout("folder", tmp_path / "data", 7)
+    spoil(tmp_path / "data")
+    whole = [*MINIATURE, "--stage=augvae_ml", "--workers=1",
+             *(f"--{name}={value}" for name, value in settings.items())]
+    train.main([*whole, "--out_dir", str(tmp_path / "a")])
+    assert "augvae_ml: 2 files could not be read or were damaged" in capsys.readouterr().out
+    train.main([*whole, "--out_dir", str(tmp_path / "b"), "--max_iters=2"])
+    train.main([*whole, "--out_dir", str(tmp_path / "b"), "--resume"])
+    ours, theirs = (rows(tmp_path / name / "augvae_ml.csv") for name in "ab")
+    assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
+    names = set((tmp_path / "a" / "augvae_ml_bad_images.log").read_text().splitlines())
+    assert len(names) == 2 and all(any(bad in name for name in names)
+                                   for bad in ("2.png is not", "3.png is not"))
+    for name in ("0", "1", "4", "5"):
+        (tmp_path / "data" / "train" / f"class {int(name) % 2}" / f"{name}.png").write_bytes(b"")
+    assert "samples could not be read" in refused("train.py", *whole, "--out_dir", tmp_path / "c")
+
+
+def test_settings_of_data_that_contradict_are_refused(tmp_path):
+    where = ["--data=folder", "--train_dir", str(tmp_path), "--val_dir", str(tmp_path), "--out_dir",
+             str(tmp_path / "out")]
+    for arguments, message in [
+        ([], "--data folder has no captions, which --stage biart needs"),
+        (["--stage=augvae_ml"], "holds no image"),
+        (["--stage=augvae_ml", "--epochs=1", "--max_iters=3"], "--epochs 1.0 and --max_iters 3"),
+        (["--stage=augvae_ml", "--epochs=-1"], "--epochs -1.0"),
+        (["--bench=gpu"], "--bench 'gpu' is none of: data"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            train.main([*where, *arguments])
+    (tmp_path / "train").mkdir()
+    original = ["--stage=augvae_ml", "--preset=released", "--train_dir", str(tmp_path / "train"),
+                "--val_dir=absent", "--batch_size=4", "--epochs=2", "--out_dir", str(tmp_path / "out")]
+    with pytest.raises(ValueError, match="train holds no image"):  # the preset says that it is ImageNet
+        train.main(original)
+    with pytest.raises(ValueError, match="--data scenes reads no --train_dir .*train: name its layout by --data"):
+        train.main([*original, "--preset=tiny"])
+
+
+def test_sampling_refuses_data_without_captions(finished, tmp_path):
+    noise(tmp_path / "0.png", 0)
+    with pytest.raises(ValueError, match="--data folder has no captions"):
+        sample_module.main(["--data=folder", "--val_dir", str(tmp_path), "--out_dir", str(finished[0])])
+
+
+def test_bench_data_measures_both(capsys, monkeypatch):
+    monkeypatch.setitem(train.BENCHES, "data", lambda config: bench_data(
+        config, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
+    bench_data = train.bench_data
+    train.main(["--bench=data", "--json"])
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)
+    assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["median_s"] > 0
+    assert len(lines) == len(found["images_s"]) == 2 and all("torchvision" in line for line in lines)
+
+
 def test_last_best_and_older_checkpoints(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -1726,19 +2345,19 @@ def refused(*command):
 
 def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
     out, _ = finished
-    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    before = {path: path.read_bytes() for path in out.rglob("*.*")}
     assert "did you mean --max_iters" in refused("train.py", "--max_iter", "3")
     assert "exists" in refused("train.py", *MINIATURE, "--out_dir", out)
     for arguments, message in [
         (["--stage=gan"], "none of: augvae_ml, augvae_sl, biart, all"), (["--preset=huge"], "tiny, small, released"),
-        (["--data=mnist"], "none of: scenes, coco"), (["--data=coco"], "needs --train_dir"),
+        (["--data=mnist"], "none of: scenes, fake, imagenet"), (["--data=coco"], "needs --train_dir"),
         (["--data=coco", "--train_dir=absent", "--train_captions=absent.json"], "no image folder"),
         (["--stage=biart"], "no checkpoint"), (["--resume"], "finds no checkpoint"), (["--device=tpu"], "--device"),
         (["--dtype=int8"], "none of: auto"), (["--loss=l3"], "none of: l2, l1"), (["--levels=8,3"], "levels"),
     ]:
         with pytest.raises(ValueError, match=message):
             train.main([*MINIATURE, "--out_dir", str(tmp_path / "new"), *arguments])
-    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
+    assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
 def test_bad_checkpoints_are_refused(finished, tmp_path):

@@ -8,8 +8,9 @@ $ python train.py
 On your own captioned pictures, in the MS-COCO layout:
 $ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
 
-On 8 GPUs, one stage:
-$ torchrun --nproc_per_node=8 train.py --preset released --stage augvae_ml --data coco ...
+On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
+$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 \
+      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val --batch_size 4 --epochs 2
 
 A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
 (pictures as training goes), tokenizer.json. sample.py reads it.
@@ -24,13 +25,17 @@ import glob
 import hashlib
 import inspect
 import io
+import json
 import math
 import os
 import random
 import re
+import resource
 import shutil
 import signal
+import statistics
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 
@@ -62,6 +67,7 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     init_from: str = ""  # AugVAE that this run's first stage begins with: our checkpoint or a released one
     max_iters: int = 100000  # optimizer steps of a stage
+    epochs: float = 0.0  # passes over the training data, instead of max_iters
     learning_rate: float = 1e-4  # after warm-up
     scale_lr: bool = False  # multiply learning_rate by the number of images in a step
     schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
@@ -85,6 +91,10 @@ class TrainConfig:
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
     keep: int = 1  # older checkpoints kept beside the last and the best
+    cache_tokens: str = ""  # folder of the data as tokens, for runs to share; empty: tokens/ in out_dir
+    cache_crops: int = 1  # random crops of a training image to keep the tokens of; 1 is the centre crop
+    bench: str = ""  # measure instead of training: data (images/s of the loader)
+    json: bool = False  # bench: print one JSON object last
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
@@ -114,9 +124,10 @@ PRESETS = {
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
-        "augvae_ml": {"batch_size": 4, "max_iters": 300000},
-        "augvae_sl": {"batch_size": 8, "max_iters": 100000},
-        "biart": {"batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
+        "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
+        "augvae_sl": {"data": "imagenet", "batch_size": 8, "max_iters": 100000},
+        "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5,
+                  "weight_decay": 0.1,
                   "beta2": 0.95},
     },
 }
@@ -380,6 +391,10 @@ class Context:
             dist.all_reduce(tensor)
         return tensor
 
+    def wait(self):
+        """For all ranks to have come this far."""
+        self.sum(torch.zeros(1, device=self.device))
+
     def gather(self, value):
         """What every rank has, as a list; values are small and picklable."""
         values = [value] * self.world
@@ -500,6 +515,11 @@ def read_augvae(name, given):
     return vae
 
 
+def bad_images(config, stage):
+    """Where a stage notes what data it could not read."""
+    return os.path.join(config.out_dir, f"{stage}_bad_images.log")
+
+
 def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
@@ -512,14 +532,15 @@ def prepare_augvae(stage, given, train_data, val_data, _context):
                          "--stage augvae_sl trains it, --stage biart uses it")
     if stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
-    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale, data_config.crop_of)
-             for d in (train_data, val_data)]
+    size = vae.config.image_size
+    views = data.Pixels(train_data, size, data_config.crop_scale, data_config.crop_of), data.Pixels(val_data, size, 1.0)
     return AugVAEObjective(vae, config), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
     """As prepare_augvae: trains the tokenizer (or, with --resume or --tokenizer, reads it), encodes both data sets."""
-    config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
+    config, data_config, biart_config = configure(given, stage, TrainConfig, DataConfig, BiARTConfig)
+    log = bad_images(config, stage)
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
@@ -537,7 +558,7 @@ def prepare_biart(stage, given, train_data, val_data, context):
             tokenizer.save(path)
     else:
         began = time.time()
-        texts = [c for i in range(len(train_data)) for c in train_data.captions(i)]
+        texts = data.all_captions(train_data, log)
         tokenizer = Tokenizer.train(texts, config.vocab_size)
         context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions in {time.time() - began:.1f} s")
         if context.rank == 0:
@@ -551,17 +572,20 @@ def prepare_biart(stage, given, train_data, val_data, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    views = []
-    for dataset, null_prob in ((train_data, biart_config.null_prob), (val_data, 0.0)):
-        codes = data.encode_images(dataset, encode, vae.config.image_size, context.rank, context.world)
-        codes = context.sum(codes.to(context.device)).cpu()
-        texts, first, cut = data.encode_captions(dataset, tokenizer, biart_config.n_text)
-        if cut:
-            context.say(f"warning: {cut:,} of {len(texts):,} captions are longer than --n_text {biart_config.n_text} "
-                        "and were cut")
-        views.append(data.Tokens(codes, texts, first, null_prob))
+    def add(tensor):
+        return context.sum(tensor.to(context.device)).cpu()
+
+    views, key = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    own = not config.cache_tokens
+    splits = ("train", train_data, config.cache_crops, biart_config.null_prob), ("val", val_data, 1, 0.0)
+    for split, dataset, crops, null_prob in splits:
+        source = data.Encodable(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
+                                data_config.crop_scale, log, data_config.workers)
+        folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
+        data.encode_tokens(source, encode, folder, key, own, context.rank, context.world, add)
+        views.append(data.Tokens(folder, null_prob))
     objective = BiARTObjective(BiART(biart_config), vae, tokenizer)
-    return objective, *views, {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    return objective, *views, key
 
 
 # -----------------------------------------------------------------------------
@@ -729,25 +753,31 @@ def train(stage, given):
         raise ValueError("--shard goes with --optimizer adamw: muon needs whole matrices")
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
     context = Context(config.device, config.dtype, wide)
+    micro = config.gradient_accumulation_steps
+    samples_per_step = context.world * config.batch_size * micro
     if config.scale_lr:
-        config.learning_rate *= context.world * config.batch_size * config.gradient_accumulation_steps
-    path = os.path.join(config.out_dir, f"{stage}.pt")
+        config.learning_rate *= samples_per_step
+    path, log_path = os.path.join(config.out_dir, f"{stage}.pt"), bad_images(config, stage)
     saved, newest = last_checkpoint(path, stage, context.say) if config.resume else (None, False)
+    os.makedirs(config.out_dir, exist_ok=True)
+    if not saved and context.rank == 0 and os.path.exists(log_path):
+        os.remove(log_path)
+    context.wait()
+    datasets = [data.open_data(data_config, split, log_path) for split in ("train", "val")]
+    if config.epochs:
+        config.max_iters = math.ceil(config.epochs * len(datasets[0]) / samples_per_step)
     if saved and saved["step"] >= config.max_iters:
         context.say(f"{stage}: done already, {saved['step']} steps")
         return
-    os.makedirs(config.out_dir, exist_ok=True)
-
-    datasets = [data.open_data(data_config, split) for split in ("train", "val")]
-    datasets[1] = data.spread(datasets[1], config.eval_images)
+    if stage == "biart" and not all(d.captioned for d in datasets):
+        raise ValueError(f"--stage biart needs captions, and --data {data_config.data} has none here")
+    datasets[1] = data.spread(datasets[1], config.eval_images, log_path)
     if min(map(len, datasets)) < context.world:
         raise ValueError(f"{min(map(len, datasets))} images are too few for {context.world} ranks")
     torch.manual_seed(config.seed)  # all ranks build the same model
     prepare = prepare_biart if stage == "biart" else prepare_augvae
     objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
     model = objective.model
-    micro = config.gradient_accumulation_steps
-    samples_per_step = context.world * config.batch_size * micro
     context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
                 f"training images, {context.world} x {config.batch_size} x {micro} images a step, {context.device}, "
                 f"{str(context.dtype)[6:]}")
@@ -817,11 +847,11 @@ def train(stage, given):
             save_checkpoint(path, content, on_disk, config.keep, best=val_loss is not None and val_loss <= tally["best"])
             for stale in older_checkpoints(path).values() if step == 0 else ():
                 os.remove(stale)  # of another run, over which --overwrite starts this one
-        context.sum(torch.zeros(1, device=context.device))  # no rank goes on to read what is not yet there
+        context.wait()  # or another rank would look for what is not yet there
 
     log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
     loader = data.batches(train_view, config.batch_size, config.seed, samples, context.rank, context.world,
-                          data_config.workers)
+                          data_config.workers, data_config.shuffle_buffer, log_path)
     objective.train()
     began, spent, step = time.time(), 0.0, start
     with Signals() as signals:
@@ -886,6 +916,9 @@ def train(stage, given):
     if stopping or signals.number:
         raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there", signals.number or 15)
     context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
+    faults = data.count_faults(log_path)
+    if faults:
+        context.say(f"{stage}: {faults:,} files could not be read or were damaged: {log_path} names them")
 
 
 class Log:
@@ -951,6 +984,58 @@ class Log:
 
 
 # -----------------------------------------------------------------------------
+# Measurements
+
+def photograph(width, height):
+    """Smooth colours and the grain of a camera, which as JPEG of quality 90 take 1.5 to 2 bits a pixel."""
+    smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), Image.BICUBIC)
+    turned = smooth.transpose(Image.ROTATE_180)
+    colours = Image.merge("RGB", (smooth, turned, smooth.transpose(Image.FLIP_LEFT_RIGHT)))
+    return Image.blend(colours, Image.effect_noise((width, height), 40).convert("RGB"), 0.1)
+
+
+def bench_data(_config, size=256, rounds=7, seconds=0.5,
+               sources=((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2))):
+    """
+    Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's
+    ImageFolder, RandomResizedCrop and ToTensor on the same files in turns; medians of the rounds.
+    """
+    from torchvision import datasets, transforms  # which nothing else here needs
+    usual = transforms.Compose([transforms.RandomResizedCrop(size), transforms.ToTensor()])
+    threads, rng, medians = torch.get_num_threads(), random.Random(0), {}
+    torch.set_num_threads(1)
+    for width, height, count in sources:
+        with tempfile.TemporaryDirectory() as folder:
+            os.mkdir(os.path.join(folder, "class"))
+            for i in range(count):
+                photograph(width, height).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
+            view = data.Pixels(data.read_folder(folder), size, DataConfig.crop_scale)
+            peer = datasets.ImageFolder(folder, usual)
+            rates = {"ours": [], "torchvision": []}
+            for _ in range(rounds):
+                for name, rate in rates.items():
+                    began, done = time.process_time(), 0
+                    while time.process_time() - began < seconds or done < count:
+                        if name == "ours":
+                            view.item(done % count, rng)
+                        else:
+                            peer[done % count]
+                        done += 1
+                    rate.append(done / (time.process_time() - began))
+        ours, theirs = (statistics.median(rate) for rate in rates.values())
+        medians[f"{width}x{height}"] = {"ours": ours, "torchvision": theirs}
+        print(f"{width} x {height} JPEG to {size} x {size}: {ours:.0f} images/s per core, "
+              f"torchvision {theirs:.0f}, {ours / theirs:.2f} times as many", flush=True)
+    torch.set_num_threads(threads)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+    return {"median_s": 1 / next(iter(medians.values()))["ours"], "peak_gb": peak, "device": "cpu",
+            "dtype": "float32", "size": size, "images_s": medians}
+
+
+BENCHES = {"data": bench_data}
+
+
+# -----------------------------------------------------------------------------
 
 def main(argv):
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -965,7 +1050,21 @@ def main(argv):
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
     stages = STAGES if stage == "all" else (stage,)
-    config = configure(given, stage, TrainConfig)[0]
+    config, data_config = configure(given, stage, TrainConfig, DataConfig)
+    if config.bench:
+        if config.bench not in BENCHES:
+            raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
+        measured = BENCHES[config.bench](config)
+        if config.json:
+            print(json.dumps(measured))
+        return
+    if "biart" in stages and data_config.data in data.UNCAPTIONED:
+        raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: "
+                         "train --stage augvae_ml, then augvae_sl")
+    if not 0 <= config.epochs < math.inf:
+        raise ValueError(f"--epochs {config.epochs} is not a number of passes over the data")
+    if config.epochs and "max_iters" in given:
+        raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
     there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
     if there and not (config.resume or config.overwrite):
         raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
