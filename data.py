@@ -1055,9 +1055,9 @@ class Order:
     Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of
     the data, cut into global batches of world * batch_size of which every rank takes its own stretch. `place`
     numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank, world,
-    place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each sample once over all ranks; one
-    that is no multiple of the global batch ends inside a batch, and the next epoch goes on there: nothing is
-    dropped, doubled or padded.
+    place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each sample once
+    over all ranks; one that is no multiple of the global batch ends inside a batch, and the next epoch goes on
+    there: nothing is dropped, doubled or padded.
 
     Of shards, given as the first sample of each, the permutation is one that reads files from front to back:
     shards in a random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence

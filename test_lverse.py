@@ -853,7 +853,7 @@ def test_every_epoch_holds_every_sample_once_and_resumes_anywhere(shards, world)
     assert found[0] == found[1] == found[2]
     for start in range(steps):
         rank = start % world
-        again = drawn(view, steps - start, batch, 5, start, rank, world, 2 if start == 7 else 0, buffer=3)
+        again = drawn(view, steps - start, batch, 5, start * batch * world, rank, world, 2 if start == 7 else 0, buffer=3)
         assert again == tuple(column[start * batch:] for column in found[0][rank])
     other = drawn(view, steps, batch, 6, 0, 0, world, buffer=3)
     assert other[0] != found[0][0][0]
@@ -930,7 +930,7 @@ def test_bad_samples_are_replaced_noted_and_counted(tmp_path):
     assert found[0] == found[1] == found[2]
     for i, j in zip(whole[0], found[0][0]):
         assert j not in bad and (i == j or i in bad)
-    late = drawn(Numbers(23, bad=bad), 5, 4, start=7)
+    late = drawn(Numbers(23, bad=bad), 5, 4, start=28)
     assert late == tuple(column[28:] for column in found[0])
 
 
@@ -1483,7 +1483,7 @@ def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
     with open("truncated.ckpt", "wb") as f:
         f.write(whole[:len(whole) // 2])
     torch.save([1, 2], "list.ckpt")
-    cases = [("absent.ckpt", "no file absent.ckpt"), ("truncated.ckpt", "not a whole file"), ("list.ckpt", "holds a list")]
+    cases = [("absent.ckpt", "no file absent.ckpt"), ("truncated.ckpt", "not a whole checkpoint"), ("list.ckpt", "holds a list")]
     for i, (message, changes) in enumerate([
             (r"asks to run (os|posix|nt)\.system", {"callbacks": Payload()}),
             (r"asks to run (os|posix|nt)\.system", {"hyper_parameters": {"args": Payload()}}),
@@ -2409,7 +2409,7 @@ class Payload:
 def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"stage": "biart", "model": Payload()}, "biart.pt")
-    with pytest.raises(ValueError, match="not a whole checkpoint"):
+    with pytest.raises(ValueError, match="asks to run posix.system"):
         train.load_checkpoint("biart.pt", "biart")
     assert not os.path.exists("pwned")
 

@@ -240,7 +240,7 @@ def write_whole(path, write, aside=None):
 
 def older_checkpoints(path):
     """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
-    stem = path.removesuffix(".pt")
+    stem = os.fspath(path).removesuffix(".pt")
     found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name) for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
     return {int(match[1]): match[0] for match in found if match}
 
@@ -250,7 +250,7 @@ def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     Write a dict of tensors and plain values. `previous`, the step that the file at path holds, moves to a name of its
     own first, so that at every moment a whole checkpoint is there; `keep` of those stay. The best is copied aside.
     """
-    stem = path.removesuffix(".pt")
+    stem = os.fspath(path).removesuffix(".pt")
     write_whole(path, lambda f: torch.save(checkpoint, f), None if previous is None else f"{stem}_{previous:08d}.pt")
     if best:
         with open(path, "rb") as f:
