@@ -1796,7 +1796,7 @@ def run(*command, ok=True, **environment):
     process = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300, check=False,
                              env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     assert (process.returncode == 0) == ok, process.stdout + process.stderr
-    return process.stdout + process.stderr
+    return process.stderr + process.stdout
 
 
 def python(*arguments, ok=True):
