@@ -8,6 +8,7 @@ They compare with brute force, with a reference, or with the long way round; the
 import csv
 import dataclasses
 import gzip
+import itertools
 import json
 import math
 import os
@@ -902,6 +903,87 @@ def test_sampling_distribution():
     assert torch.allclose(shares(top_p=0.7), kept, atol=2e-3)
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
     assert sample(logits, torch.tensor([1 - 1e-7])).item() == 3
+
+
+def every_caption(prefix):
+    """All texts of the toy vocabulary below: up to three of four words, closed by the end token where there is room."""
+    for n in range(4 - len(prefix)):
+        for words in itertools.product(range(4), repeat=n):
+            caption = [*prefix, *words, 4][:3]
+            yield caption + [5] * (3 - len(caption))
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("prefix", [(), (2,)])
+def test_beam_search_against_exhaustive_search(length_penalty, prefix):
+    model = biart(seed=3, text_vocab=6, end_token=4, pad_token=5, n_text=3)
+    image = captions_and_codes(2)[1]
+    texts = torch.tensor(list(every_caption(prefix)))
+    assert len(texts) == len({tuple(t) for t in texts.tolist()}) == (1 + 4 + 16 + 64 if not prefix else 1 + 4 + 16)
+    given = torch.tensor([prefix] * 2, dtype=torch.long)
+    found, scores = model.beam_search(image, len(texts) + 30, given, length_penalty)
+    for i in range(2):
+        expected = []
+        for text in texts:  # p of a text, the padding token ruled out, counted from behind the prefix
+            h = model.trunk(model.sequence(text[None], image[i:i + 1], "text"))[0, 8:11]
+            logits = model.logits(h, "text").detach()
+            logits[:, 5] = -torch.inf
+            scored = [j for j in range(len(prefix), 3) if text[j] != 5]
+            log_p = sum(logits[j].log_softmax(-1)[text[j]].item() for j in scored)
+            expected.append(log_p / len(scored) ** length_penalty)
+        best = int(np.argmax(expected))
+        assert found[i, 0].tolist() == texts[best].tolist()
+        assert scores[i, 0].item() == pytest.approx(expected[best], abs=1e-5)
+        ranked = sorted(expected, reverse=True)
+        assert torch.allclose(scores[i, :len(texts)], torch.tensor(ranked), atol=1e-5)  # the search left nothing out
+
+
+def brute_force_beam(model, image, width, guidance):
+    """Beam search the long way round: whole sequences, no cache, one image; scores are mean log p."""
+    beams = [([], 0.0)]
+    for _ in range(6):
+        grown = []
+        for tokens, log_p in beams:
+            if 18 in tokens:
+                grown.append((tokens, log_p))
+                continue
+            scores = []
+            for null in (False, True):
+                x = model.embed(image, "image", 0, torch.tensor([null]))
+                x = torch.cat([x, model.embed(torch.tensor([tokens], dtype=torch.long), "text", 1)], 1)
+                scores.append(model.logits(model.trunk(x)[0, -1], "text"))
+            logits = scores[1] + guidance * (scores[0] - scores[1])
+            logits[19] = -torch.inf
+            grown += [(tokens + [word], log_p + p) for word, p in enumerate(logits.log_softmax(-1).tolist()) if word != 19]
+        beams = sorted(grown, key=lambda beam: -beam[1] / len(beam[0]))[:width]
+    return [tokens + [19] * (6 - len(tokens)) for tokens, _ in beams]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_beams_against_a_search_without_cache(guidance):
+    model, (_, image) = biart(seed=5), captions_and_codes(3)
+    with torch.no_grad():
+        model.head["text"].weight[18] += 0.3  # so that captions end at different lengths
+        expected = [brute_force_beam(model, row[None], 4, guidance) for row in image]
+    assert model.beam_search(image, 4, guidance=guidance)[0].tolist() == expected
+    greedy = model.generate(image, "text", temperature=0, guidance=guidance)
+    assert torch.equal(model.beam_search(image, 1, guidance=guidance)[0][:, 0], greedy)
+
+
+def test_likelihoods_in_parts_and_both_ways():
+    model, (text, image) = biart(), captions_and_codes(6)
+    for to in ("image", "text"):
+        whole, count = model.log_likelihood(text, image, to)
+        parts, same = model.log_likelihood(text, image, to, chunk=1)
+        assert torch.allclose(whole, parts, atol=1e-5) and torch.equal(count, same)
+    forward, reverse = model.judge(text[:2], image.view(2, 3, 9), "image")
+    paired = text[:2].repeat_interleave(3, 0)
+    assert torch.allclose(forward.flatten(), model.log_likelihood(paired, image, "image")[0])
+    assert torch.allclose(reverse.flatten(), model.log_likelihood(paired, image, "text")[0])
+    forward, reverse = model.judge(image[:2], text.view(2, 3, 6), "text")
+    paired = image[:2].repeat_interleave(3, 0)
+    assert torch.allclose(forward.flatten(), model.log_likelihood(text, paired, "text")[0])
+    assert torch.allclose(reverse.flatten(), model.log_likelihood(text, paired, "image")[0])
 
 
 def test_one_batch_is_learned_both_ways():
