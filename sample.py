@@ -36,7 +36,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision
 from PIL import Image
 from torch import nn
 
@@ -77,7 +76,10 @@ class SampleConfig:
     length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
-    fid_weights: str = ""  # Inception's for FID: a file, or "download"; empty looks in torch hub's cache, else no FID
+    fid_weights: str = ""  # file of Inception's, for FID; empty looks in torch hub's cache
+    vgg_weights: str = ""  # file of VGG-16's, for LPIPS; empty looks in torch hub's cache
+    lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
+    download: bool = False  # fetch what --eval misses of these, with a checked hash; without, it leaves the metric out
 
 
 def check(config, given):
@@ -126,9 +128,8 @@ class Run:
         self.settings = checkpoint["settings"]
         self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
         self.save_dir = config.save_dir or config.out_dir
-        if not 0 <= config.keep_rows < self.side:
-            raise ValueError(f"--keep_rows {config.keep_rows} is not in 1 to {self.side - 1}: an image has {self.side} rows "
-                             "of tokens")
+        if config.keep_rows and config.keep_rows >= self.side:
+            raise ValueError(f"--keep_rows {config.keep_rows} is not in 1 to {self.side - 1}, of {self.side} rows of tokens")
         os.makedirs(self.save_dir, exist_ok=True)
 
     def load_biart(self):
@@ -149,10 +150,14 @@ class Run:
         with self.context.autocast():
             return self.vae.encode(pixels)[0].flatten(1), pixels
 
+    def pixels(self, codes):
+        """Codes (B, n_image) -> images (B, 3, size, size) in [-1, 1]."""
+        with self.context.autocast():
+            return self.vae.decode([codes.view(-1, self.side, self.side)]).float()
+
     def decode(self, codes):
         """Codes (B, n_image) -> PIL images."""
-        with self.context.autocast():
-            return [data.to_image(x) for x in self.vae.decode([codes.view(-1, self.side, self.side)])]
+        return [data.to_image(x) for x in self.pixels(codes)]
 
     def tokenize(self, captions):
         """Captions -> LongTensor (B, n_text); says so where one is cut."""
@@ -164,13 +169,6 @@ class Run:
                 kept = self.tokenizer.decode(ids)
                 print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to {kept!r}", file=sys.stderr)
         return torch.tensor(rows, device=self.context.device)
-
-    def begin_caption(self, images):
-        """The tokens of --prefix, for each of some images: LongTensor (B, m)."""
-        ids = self.tokenizer.encode(self.config.prefix.strip())
-        if len(ids) >= self.biart.config.n_text:
-            raise ValueError(f"--prefix has {len(ids)} tokens, but a caption only {self.biart.config.n_text}")
-        return torch.tensor([ids] * len(images), dtype=torch.long, device=self.context.device)
 
     def candidates(self, ref, to, n=1, first=0, prefix=None):
         """
@@ -244,14 +242,14 @@ def told(candidate):
 
 
 def progress(items, size, what):
-    """Yield chunks of items; between them, if there are several, print how far it is, and how long it will take."""
-    began = time.time()
+    """Yield chunks of items; every few seconds, print how many are done and how long the others will take."""
+    began = shown = time.time()
     for start in range(0, len(items), size):
         yield items[start:start + size]
-        done = min(start + size, len(items))
-        left = (time.time() - began) / done * (len(items) - done)
-        if len(items) > size:
-            print(f"{what}: {done} of {len(items)}, {left:.0f} s left", flush=True)
+        done = start + size
+        if done < len(items) and time.time() - shown > 5:
+            shown = time.time()
+            print(f"{what}: {done} of {len(items)}, {(shown - began) / done * (len(items) - done):.0f} s left", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -363,9 +361,9 @@ def show_repaintings(run, paths, images):
         painted = [[next(painted)[0] for _ in group] for group in said]
     else:
         painted = run.paint([run.config.prompt] * len(images), n, images)
-    _, pixels = run.encode(images)
-    keep(run, "repainted", [[{"picture": data.to_image(x), "image": path}, *group]
-                            for path, x, group in zip(paths, pixels, painted)])
+    originals = [data.to_image(data.crop_to_tensor(image, run.size)) for image in images]
+    keep(run, "repainted", [[{"picture": original, "image": path}, *group]
+                            for path, original, group in zip(paths, originals, painted)])
 
 
 def show_both_ways(run, dataset):
@@ -411,8 +409,27 @@ def ssim(x, y, sample_covariance=False):
     return index.view(B, -1).mean(1)
 
 
-FID_WEIGHTS = "pt_inception-2015-12-05-6726825d.pth"
-FID_URL = f"https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/{FID_WEIGHTS}"
+# Name in torch hub's cache, how its SHA-256 hash begins, address
+FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
+            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
+
+
+def weights_at_hand(config, flag, name, sha256, url):
+    """The file that --flag names, or that torch hub's cache holds, or that --download fetches to there; else None."""
+    cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    given = getattr(config, flag)
+    if given and not os.path.isfile(given):
+        raise ValueError(f"there is no file {given} for --{flag}: it is {name}, from {url}")
+    if config.download and not given and not os.path.exists(cached):
+        os.makedirs(os.path.dirname(cached), exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, cached, hash_prefix=sha256)
+        except (OSError, RuntimeError) as e:
+            raise OSError(f"{url} could not be fetched ({e}): put it at {cached}, or give it by --{flag}") from None
+    if not given and not os.path.exists(cached):
+        print(f"{name} is not at {cached}: give it by --{flag}, or --download; what needs it is left out")
+        return None
+    return given or cached
 
 
 class OtherPool(nn.Module):
@@ -435,13 +452,12 @@ class FIDInception(nn.Module):
 
     def __init__(self, path):
         super().__init__()
-        net = torchvision.models.inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
+        from torchvision.models import inception_v3  # here, because nothing else needs it
+        net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         try:
             net.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-        except FileNotFoundError:
-            raise ValueError(f"there are no Inception weights {path}: --fid_weights download fetches {FID_URL}") from None
         except Exception as e:  # noqa: BLE001 - a broken file fails in many ways
-            raise ValueError(f"{path} does not hold the Inception weights of FID, {FID_WEIGHTS} ({type(e).__name__})") from None
+            raise ValueError(f"{path} does not hold FID's Inception, {FID_FILE[0]} ({type(e).__name__})") from None
         for name, block in list(net.named_children()):
             if hasattr(block, "branch_pool"):
                 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
@@ -455,23 +471,6 @@ class FIDInception(nn.Module):
         x = x.to(next(self.parameters()).device).float() / 255
         x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
         return self.net(2 * x - 1).cpu()
-
-
-def find_inception(run):
-    """FIDInception with the weights of --fid_weights, or of torch hub's cache; None where the latter has none."""
-    path, cached = run.config.fid_weights, os.path.join(torch.hub.get_dir(), "checkpoints", FID_WEIGHTS)
-    if path == "download" and not os.path.exists(cached):
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(FID_URL, cached, hash_prefix="6726825d")
-        except (OSError, RuntimeError) as e:
-            raise ValueError(f"{FID_URL} could not be fetched ({e}); put the file at {cached}") from None
-    if path in ("", "download"):
-        if not os.path.exists(cached):
-            print(f"no FID: its weights are not at {cached}; --fid_weights download fetches them")
-            return None
-        path = cached
-    return FIDInception(path).to(run.context.device)
 
 
 def frechet_distance(x, y):
@@ -591,12 +590,19 @@ def caption_scores(said, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
+def find_inception(run):
+    """FIDInception, or None where its weights are not at hand."""
+    path = weights_at_hand(run.config, "fid_weights", *FID_FILE)
+    return path and FIDInception(path).to(run.context.device)
+
+
 def find_lpips(run):
     """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    try:
-        return augvae.LPIPS().to(run.context.device)
-    except (AttributeError, ValueError):  # at the merge: how augvae.LPIPS finds, or misses, its weights
+    if not hasattr(augvae, "LPIPS"):  # MERGE: drop this line and the next; the rest takes augvae.LPIPS as it is there
         return None
+    paths = [weights_at_hand(run.config, flag, *file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
+                                                                         ("lpips_weights", augvae.LPIPS_FILE))]
+    return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None
 
 
 def score(run, val, heldout):
@@ -629,7 +635,7 @@ def reconstruction_scores(run, val, inception=None):
     values, counts, features = {name: [] for name in metrics}, torch.zeros(run.vae.config.codebook_size), ([], [])
     for items in progress(range(len(val)), 50, "reconstruction"):
         codes, pixels = run.encode([val.image(i) for i in items])
-        again = run.vae.decode([codes.view(-1, run.side, run.side)])
+        again = run.pixels(codes)
         for name, metric in metrics.items():
             values[name] += metric((pixels + 1) / 2, (again + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
