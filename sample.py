@@ -205,32 +205,29 @@ class Run:
 
     def paint(self, prompts, n=1, images=None):
         """
-        Captions -> for each a list of n records {"picture": PIL image, "prompt", "seed", "scores"}.
+        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed", "scores"}.
         images: PIL images, one a caption, of which --keep_rows are kept.
         """
-        groups = []
         for some in self.inputs(n, len(prompts), "painting"):
             captions = [prompts[i] for i in some]
             kept = self.encode([images[i] for i in some])[0][:, :self.config.keep_rows * self.side] if images else None
             found = self.candidates(self.tokenize(captions), "image", n, some[0], kept)
             for prompt, group in zip(captions, found):
                 pictures = self.decode(torch.stack([candidate["tokens"] for candidate in group[:n]]))
-                groups.append([{"picture": picture, "prompt": prompt, **told(candidate)}
-                               for picture, candidate in zip(pictures, group)])
-        return groups
+                yield [{"picture": picture, "prompt": prompt, **told(candidate)}
+                       for picture, candidate in zip(pictures, group)]
 
     def caption(self, images, n=1):
-        """PIL images -> for each a list of n records {"picture": PIL image, as the model saw it, "caption", "seed", "scores"}."""
+        """PIL images -> yields for each n records {"picture": the image as encoded, "caption", "seed", "scores"}."""
         ids = self.tokenizer.encode(self.config.prefix.strip())
         if len(ids) >= self.biart.config.n_text:
             raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {self.biart.config.n_text}")
-        groups = []
         for some in self.inputs(n, len(images), "captioning"):
             codes, pixels = self.encode([images[i] for i in some])
             found = self.candidates(codes, "text", n, some[0], codes.new_tensor(ids).expand(len(some), -1))
-            groups += [[{"picture": data.to_image(x), "caption": self.say(candidate), **told(candidate)}
-                        for candidate in group[:n]] for x, group in zip(pixels, found)]
-        return groups
+            for x, group in zip(pixels, found):
+                yield [{"picture": data.to_image(x), "caption": self.say(candidate), **told(candidate)}
+                       for candidate in group[:n]]
 
     def say(self, candidate):
         return self.tokenizer.decode(candidate["tokens"].tolist()).strip()
@@ -269,114 +266,115 @@ def read_prompts(path):
     return prompts
 
 
-def read_images(paths):
+def read_images(run, paths):
     """
-    Image files, and folders of them in the order of their names -> [path], [PIL image]. A folder's unreadable files are
-    passed over with a warning. Raises ValueError for a file that is no image and for a folder without any.
+    Image files, and folders of them in the order of their names -> [path], [PIL image, cropped to what the model takes].
+    A folder's unreadable images are passed over with a warning. Raises ValueError for a file that is no image, and for a
+    folder that holds none.
     """
     found = []
     for path in paths:
-        if not os.path.isdir(path):
-            found.append((path, data.load_image(path)))
-            continue
-        before = len(found)
-        for name in sorted(os.listdir(path)):
-            if os.path.splitext(name)[1].lower() in Image.registered_extensions():
-                try:
-                    found.append((os.path.join(path, name), data.load_image(os.path.join(path, name))))
-                except ValueError as e:
-                    print(f"warning: {e}", file=sys.stderr)
+        folder, before = os.path.isdir(path), len(found)
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if folder else [path]
+        for file in files:
+            if folder and os.path.splitext(file)[1].lower() not in Image.registered_extensions():
+                continue
+            try:
+                found.append((file, data.to_image(data.crop_to_tensor(data.load_image(file), run.size))))
+            except ValueError as e:
+                if not folder:
+                    raise
+                print(f"warning: {e}", file=sys.stderr)
         if len(found) == before:
             raise ValueError(f"there is no image in the folder {path}")
     return [list(part) for part in zip(*found)]
 
 
+def keep(run, name, groups, columns):
+    """
+    Write what is made, lists of records that belong together, as it comes: every picture by itself as {name}_{i}.png, all
+    on {name}.png (past 64 rows, on {name}_sheet_2.png, ...) with words below, and all that is known in samples.json.
+    """
+    entries, shown = [], []
+    where = os.path.join(run.save_dir, name)
+
+    def finish_sheet():
+        page = (len(entries) - 1) // (64 * columns) + 1
+        path = f"{where}_sheet_{page}.png" if page > 1 else f"{where}.png"
+        data.contact_sheet([r["picture"] for r in shown], [note(run, r) for r in shown], columns).save(path)
+        with open(os.path.join(run.save_dir, "samples.json"), "w", encoding="utf-8") as f:
+            json.dump({"settings": dataclasses.asdict(run.config), "samples": entries}, f, indent=1, ensure_ascii=False)
+        print(f"wrote {path}")
+        shown.clear()
+
+    for record in (record for group in groups for record in group):
+        path = f"{where}_{len(entries)}.png"
+        record["picture"].save(path)
+        entries.append({"file": os.path.basename(path), **{k: v for k, v in record.items() if k != "picture"}})
+        shown.append(record)
+        print(f"{record.get('image', path)}: {note(run, record)}")
+        if len(shown) == 64 * columns:
+            finish_sheet()
+    if shown:
+        finish_sheet()
+
+
 def note(run, record):
-    """What stands under a picture, and is printed: words, and with --rerank the score that put it in its place."""
+    """What stands under a picture: words, and with --rerank the score that put it in its place."""
     words = (f"paint: {record['prompt']}" if "prompt" in record else
              f"it says: {record['caption']}" if "caption" in record else record["image"])
     return f"{words} [{run.score(record['scores']):.1f}]" if run.config.rerank > 1 and "scores" in record else words
 
 
-def keep(run, name, groups, columns=None):
-    """
-    Write what was made, groups of records that belong together: every picture by itself as {name}_{i}.png, all on
-    {name}.png (and, past 64 rows, on {name}_sheet_2.png ...) with notes below, and all there is to know in samples.json.
-    """
-    columns = columns or (len(groups[0]) if 2 <= len(groups[0]) <= 16 else 8)
-    records = [record for group in groups for record in group]
-    entries = []
-    for i, record in enumerate(records):
-        entries.append({"file": f"{name}_{i}.png", **{k: v for k, v in record.items() if k != "picture"}})
-        record["picture"].save(os.path.join(run.save_dir, entries[-1]["file"]))
-    for page, start in enumerate(range(0, len(records), 64 * columns)):
-        part = records[start:start + 64 * columns]
-        sheet = data.contact_sheet([r["picture"] for r in part], [note(run, r) for r in part], columns)
-        path = os.path.join(run.save_dir, f"{name}_sheet_{page + 1}.png" if page else f"{name}.png")
-        sheet.save(path)
-        print(f"wrote {path}")
-    write_json(os.path.join(run.save_dir, "samples.json"), {"settings": dataclasses.asdict(run.config), "samples": entries})
-
-
-def write_json(path, record):
-    with open(path, "w", encoding="utf-8") as f:
-        json.dump(record, f, indent=1, ensure_ascii=False)
+def columns_for(together):
+    """How wide a sheet is on which so many pictures belong together."""
+    return together if 2 <= together <= 16 else 8
 
 
 def show_reconstructions(run, paths, images):
     """The images over what their tokens keep of them."""
-    groups = []
-    for some in progress(range(len(images)), 8, "reconstruction"):
-        codes, pixels = run.encode([images[i] for i in some])
-        groups.append([{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(some, pixels)]
-                      + [{"picture": x, "image": f"{paths[i]}, its tokens"} for i, x in zip(some, run.decode(codes))])
-    keep(run, "reconstructed", groups, min(8, len(images)))
+    def groups():
+        for some in progress(range(len(images)), 8, "reconstruction"):
+            codes, pixels = run.encode([images[i] for i in some])
+            yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(some, pixels)]
+            yield [{"picture": x, "image": f"{paths[i]}, its tokens"} for i, x in zip(some, run.decode(codes))]
+
+    keep(run, "reconstructed", groups(), min(8, len(images)))
 
 
 def show_paintings(run, prompts):
     """n images of each prompt."""
-    groups = run.paint(prompts, run.config.n)
-    keep(run, "painted", groups)
-    for group in groups:
-        print("\n".join(note(run, record) for record in group))
+    keep(run, "painted", run.paint(prompts, run.config.n), columns_for(run.config.n))
 
 
 def show_captions(run, paths, images):
     """n captions of each image."""
-    groups = run.caption(images, run.config.n)
-    for path, group in zip(paths, groups):
-        for record in group:
-            record["image"] = path
-        print("\n".join([f"{path}:", *(note(run, record) for record in group)]))
-    keep(run, "captioned", groups)
+    n = min(run.config.n, run.config.beam or run.config.n)
+    said = ([{"image": path, **record} for record in group] for path, group in zip(paths, run.caption(images, n)))
+    keep(run, "captioned", said, columns_for(n))
 
 
 def show_repaintings(run, paths, images):
     """Each image, then n more that begin with its first rows: painted by --prompt, or by what the captions say of it."""
     n = run.config.n
+    painted = run.paint([run.config.prompt] * len(images), n, images)
     if run.config.variations:
-        said = run.caption(images, n)
-        again = [image for image, group in zip(images, said) for _ in group]
-        painted = iter(run.paint([record["caption"] for group in said for record in group], 1, again))
-        painted = [[next(painted)[0] for _ in group] for group in said]
-    else:
-        painted = run.paint([run.config.prompt] * len(images), n, images)
-    originals = [data.to_image(data.crop_to_tensor(image, run.size)) for image in images]
-    keep(run, "repainted", [[{"picture": original, "image": path}, *group]
-                            for path, original, group in zip(paths, originals, painted)])
+        n = min(n, run.config.beam or n)
+        prompts = [record["caption"] for group in run.caption(images, n) for record in group]
+        one_by_one = run.paint(prompts, 1, [image for image in images for _ in range(n)])
+        painted = ([record for _ in range(n) for record in next(one_by_one)] for _ in images)
+    groups = ([{"picture": image, "image": path}, *group] for path, image, group in zip(paths, images, painted))
+    keep(run, "repainted", groups, columns_for(n + 1))
 
 
 def show_both_ways(run, dataset):
-    """A contact sheet of validation items: what was painted over its caption, each image over what was said of it."""
-    references = [dataset.captions(i) for i in range(len(dataset))]
-    painted = run.paint([captions[0] for captions in references])
-    said = run.caption([dataset.image(i) for i in range(len(dataset))])
-    for group, captions in zip(said, references):
-        group[0]["references"] = captions
-    for group in painted + said:
-        print(note(run, group[0]))
-    keep(run, "samples", [[group[0] for way in (painted, said) for group in way[i:i + 8]]
-                          for i in range(0, len(dataset), 8)], min(8, len(dataset)))
+    """Validation items: what is painted over its caption, and each image over what is said of it."""
+    items, columns = range(len(dataset)), min(8, len(dataset))
+    references = [dataset.captions(i) for i in items]
+    painted = [group[0] for group in run.paint([captions[0] for captions in references])]
+    said = [{"references": captions, **group[0]}
+            for captions, group in zip(references, run.caption([dataset.image(i) for i in items]))]
+    keep(run, "samples", [way[i:i + columns] for i in items[::columns] for way in (painted, said)], columns)
 
 
 # -----------------------------------------------------------------------------
@@ -675,6 +673,7 @@ def likelihood_scores(run, val):
 
 
 def share(truths):
+    """The share of some booleans that is true."""
     truths = list(truths)
     return sum(truths) / len(truths)
 
@@ -774,13 +773,12 @@ def main(argv):
     config = configure(given, "", SampleConfig)[0]
     check(config, given)
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    files = read_images(config.image or config.reconstruct)
     run, scores = Run(config), None
     if config.reconstruct:
-        show_reconstructions(run, *files)
+        show_reconstructions(run, *read_images(run, config.reconstruct))
     elif config.image:
-        run.load_biart()
-        (show_repaintings if config.prompt or config.variations else show_captions)(run, *files)
+        show = show_repaintings if config.prompt or config.variations else show_captions
+        show(run.load_biart(), *read_images(run, config.image))
     elif config.prompt or config.prompts:
         show_paintings(run.load_biart(), prompts)
     else:
@@ -791,7 +789,8 @@ def main(argv):
             heldout = data.open_data(data_config, "heldout") if data_config.data == "scenes" else None
             some = [data.spread(part, config.eval_items) if part else None for part in (val, heldout)]
             scores = {name: round(value, 4) for name, value in score(run, *some).items()}
-            write_json(os.path.join(run.save_dir, "scores.json"), {"settings": dataclasses.asdict(config), "scores": scores})
+            with open(os.path.join(run.save_dir, "scores.json"), "w", encoding="utf-8") as f:
+                json.dump({"settings": dataclasses.asdict(config), "scores": scores}, f, indent=1)
         else:
             show_both_ways(run, data.spread(val, config.n))
     if config.html:

@@ -1021,6 +1021,11 @@ def python(*arguments, ok=True):
     return run(sys.executable, *arguments, ok=ok)
 
 
+def last_json(printed):
+    """The JSON object that a command printed last, whatever warnings the libraries print behind it."""
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
+
+
 def rows(path):
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
@@ -1107,7 +1112,7 @@ def test_a_recorded_seed_makes_the_sample_again(finished, tmp_path):
         return sample_module.Run(settings).load_biart()
 
     whole = made()
-    painted, said = whole.paint(prompts, 3), whole.caption(images, 3)
+    painted, said = list(whole.paint(prompts, 3)), list(whole.caption(images, 3))
     for size in (1, 4):  # in other batches
         again = made(batch_size=size)
         for group, others in zip(painted, again.paint(prompts, 3)):
@@ -1115,11 +1120,11 @@ def test_a_recorded_seed_makes_the_sample_again(finished, tmp_path):
         for group, others in zip(said, again.caption(images, 3)):
             assert [record["caption"] for record in group] == [record["caption"] for record in others]
     record = painted[2][1]
-    alone = made(seed=record["seed"]).paint(prompts[2:])[0][0]
+    alone = next(made(seed=record["seed"]).paint(prompts[2:]))[0]
     assert same(record, alone) and record["scores"] == pytest.approx(alone["scores"], abs=2e-3)
     assert not same(record, painted[2][0])
     record = said[1][2]
-    assert record["caption"] == made(seed=record["seed"]).caption(images[1:2])[0][0]["caption"]
+    assert record["caption"] == next(made(seed=record["seed"]).caption(images[1:2]))[0]["caption"]
 
 
 def test_reranking_orders_by_the_reverse_direction(finished, tmp_path):
@@ -1143,7 +1148,7 @@ def test_completion_keeps_rows_and_words(finished, tmp_path):
                                                         prefix="the large")).load_biart()
     images = [data.Scenes("val", 2).image(i) for i in range(2)]
     codes, _ = used.encode(images)
-    painted = used.paint(["a cross", "a circle"], 2, images)
+    painted = list(used.paint(["a cross", "a circle"], 2, images))
     for i, group in enumerate(used.candidates(used.tokenize(["a cross", "a circle"]), "image", 2, 0, codes[:, :40])):
         tokens = torch.stack([candidate["tokens"] for candidate in group])
         assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1)) and not torch.equal(tokens[:, 40:], codes[i, 40:])
@@ -1156,7 +1161,7 @@ def test_scores_of_a_run(finished, tmp_path):
     out, _ = finished
     printed = python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--eval", "--eval_items", 4, "--eval_pairs=3",
                      "--guidance", 2, "--rerank=2", "--html")
-    scores = json.loads(printed.strip().splitlines()[-1])
+    scores = last_json(printed)
     captions = {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d", "t2i_exact", "i2t_exact"}
     assert set(scores) == {"psnr", "ssim", "l1", "codebook_use", "perplexity", "t2i_bits", "i2t_bits", "t2i_recall1",
                            "t2i_recall5", "i2t_recall1", "i2t_recall5"} | {
@@ -1325,8 +1330,7 @@ def test_coco_data_through_all_stages(tmp_path, inception):
     out = tmp_path / "out"
     python("train.py", *MINIATURE, *where, "--out_dir", out, "--max_iters=2")
     assert "it says" in python("sample.py", "--out_dir", out, "--n=2")
-    scores = json.loads(python("sample.py", "--out_dir", out, "--eval", "--eval_items=2", "--beam=2", "--fid_weights",
-                               inception).strip().splitlines()[-1])
+    scores = last_json(python("sample.py", "--out_dir", out, "--eval", "--eval_items=2", "--beam=2", "--fid_weights", inception))
     assert {"t2i_bits", "i2t_recall1", "cider_d", "fid", "rfid"} <= set(scores) and "t2i_exact" not in scores
     assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0 and scores["fid"] > 0 and scores["rfid"] > 0
 
