@@ -246,7 +246,7 @@ class BiART(nn.Module):
     def judge(self, ref, candidates, to):
         """
         What both directions say of candidates (B, n, n_gen) for ref (B, n_ref): forward log p(candidate | ref) and
-        reverse log p(ref | candidate), nats, (B, n) each. Ordering by the latter is re-ranking without a second model.
+        reverse log p(ref | candidate), nats, (B, n) each. The latter re-ranks candidates without a second model.
         """
         B, n, _ = candidates.shape
         sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}

@@ -71,7 +71,7 @@ class SampleConfig:
     guidance: float = 1.0  # classifier-free guidance: above 1 follows the given side more closely
     seed: int = 0  # of an input's first sample; the others count up from it, those of the next input from 1000 further
     rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1 keeps them as drawn
-    rerank_forward: float = 0.0  # share of a candidate's own log-likelihood in its score, 0 to 1; the rest is the reverse
+    rerank_forward: float = 0.2  # share of log p(candidate | input) in that score; 0 is log p(input | candidate) alone
     beam: int = 0  # caption by a search with this many beams; 0 samples
     length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
@@ -195,7 +195,10 @@ class Run:
         return found
 
     def score(self, candidate):
-        """What --rerank orders by."""
+        """
+        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely it is itself,
+        without which a crippled circle passes for a circle.
+        """
         share = self.config.rerank_forward
         return share * candidate["forward"] + (1 - share) * candidate["reverse"]
 
@@ -757,7 +760,7 @@ def write_page(run):
             parts.append(f"<details><summary>settings</summary>{table(made['settings'])}</details>")
     for stage in STAGES:
         stem = os.path.join(run.config.out_dir, stage)
-        grids = sorted(glob.glob(f"{glob.escape(stem)}_[0-9]*.png"))
+        grids = sorted(glob.glob(f"{glob.escape(stem)}_[0-9]*.png"), key=lambda path: (len(path), path))
         some = [grids[i] for i in sorted({i * (len(grids) - 1) // 3 for i in range(4)})] if grids else []
         curve = [path for path in [f"{stem}_loss.png"] if os.path.exists(path)]
         if some or curve:

@@ -1082,7 +1082,9 @@ def test_sample_every_way(finished, tmp_path, capfd):
     assert len(made) == 6 and len(made[-1]["references"]) == 6
     printed, made, where = samples("--n=2", "--prompt", "red circle " * 40, "--rerank=5")
     assert "was cut" in printed and Image.open(where / "painted.png").height > 64
-    assert len(made) == 2 and made[0]["scores"]["reverse"] >= made[1]["scores"]["reverse"]
+    assert len(made) == 2
+    first, second = (0.2 * entry["scores"]["forward"] + 0.8 * entry["scores"]["reverse"] for entry in made)
+    assert first >= second and f"[{first:.1f}]" in printed
     printed, made, _ = samples("--prompts", prompts, "--n=2")
     assert [entry["prompt"] for entry in made] == ["a small red circle above a large blue square"] * 2 + ["two crosses"] * 2
     assert [entry["seed"] for entry in made] == [0, 1, 1000, 1001]
