@@ -16,7 +16,12 @@ References:
 1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.1), and the authors' released training code.
 2) VQ-VAE, van den Oord et al. 2017, https://arxiv.org/abs/1711.00937: straight-through, commitment, EMA codebook.
 3) VQGAN, Esser et al. 2021, https://arxiv.org/abs/2012.09841: the residual encoder and decoder.
+4) LPIPS, Zhang et al. 2018, https://arxiv.org/abs/1801.03924, and the lpips 0.1 release: the perceptual loss.
 """
+import argparse
+import contextlib
+import os
+import re
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -453,3 +458,190 @@ class AugVAE(nn.Module):
                 nn.init.zeros_(connector.bias)
                 connector.weight[start:start + z, :, 0, 0] = torch.eye(z)
         return model
+
+    @classmethod
+    def from_released(cls, path):
+        """
+        The model in a checkpoint of the released code, AugVAE-ML or AugVAE-SL, in eval mode on the CPU.
+        It computes what the released code computes with it, and can be trained further, codebook included.
+        Raises ValueError where the file is missing, damaged or something else, or asks to run code.
+        """
+        return from_lightning(cls, read_plain(path), path)
+
+
+# -----------------------------------------------------------------------------
+# Released weights: files that PyTorch Lightning 1.5 wrote
+
+RELEASED_NAMES = (  # what a module of the released encoders and decoders is called there, and here
+    (r"\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.", r".\1_\2_\3_\4."),
+    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
+    (r"\.mid\.", ".mid_"),
+    (r"\.nin_shortcut\.", ".shortcut."),
+)
+
+
+def read_plain(path):
+    """
+    The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace
+    (which takes torch 2.5). Nothing in it is run.
+    Raises ValueError where the file is missing, damaged, or holds anything else.
+    """
+    let_in = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
+    try:
+        with let_in([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
+        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})" if not found else
+                         f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, "
+                         "an argparse.Namespace are read") from None
+    if not hasattr(content, "keys"):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def from_lightning(cls, checkpoint, path):
+    """What read_plain(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
+    try:
+        config, tensors = translate_released(checkpoint)
+    except (LookupError, AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a released AugVAE ({type(e).__name__}: {e})") from None
+    model = cls(config)
+    here = model.state_dict()
+    for name in sorted({*here, *tensors}):
+        theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, here))
+        if theirs != ours:
+            raise ValueError(f"{path} is not a released AugVAE: {name} is {theirs}, and not {ours}")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def translate_released(checkpoint):
+    """
+    A released checkpoint's dict -> AugVAEConfig, and its tensors by our names. Sizes come from the tensors,
+    but for the side of the image, which leaves no trace in them; it is in the hyper-parameters.
+    """
+    state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("loss.")}
+    settings = checkpoint["hyper_parameters"]
+    settings = vars(settings if isinstance(settings, argparse.Namespace) else settings["args"])
+
+    def count(pattern):
+        return len({m[0] for m in map(re.compile(pattern).match, state) if m})
+
+    def multipliers(i):
+        return tuple(len(state[f"encoders.{i}.down.{j}.block.0.conv1.weight"]) // hidden
+                     for j in range(count(rf"encoders\.{i}\.down\.\d+\.")))
+
+    hidden, depth = len(state["encoders.0.conv_in.weight"]), count(r"encoders\.\d+\.")
+    n_levels = count(r"quantizers\.\d+\.")  # of AugVAE-ML: the surgery to SL leaves them all in the file
+    codebook, pre_quant = state["quantizers.0.embedding.weight"], state["pre_quants.0.weight"]
+    single_level = "connectors.0.weight" in state
+    ch_mult, inner = multipliers(0), multipliers(1) or AugVAEConfig.ch_mult_inner
+    finest = settings["resolution"] // 2 ** (len(ch_mult) - 1)
+    levels = tuple(finest // 2 ** (i * (len(inner) - 1)) for i in range(n_levels))
+    knobs = {"ae_dropout": "dropout", "commitment": "quant_beta",
+             "ema_decay": "quant_ema_decay", "ema_eps": "quant_ema_eps"}
+    config = AugVAEConfig(
+        image_size=settings["resolution"], levels=levels, hidden=hidden, ch_mult=ch_mult, ch_mult_inner=inner,
+        n_res_blocks=count(r"encoders\.0\.down\.0\.block\.\d+\."), n_groups=32,
+        attention="encoders.0.mid.attn_1.q.weight" in state, z_channels=pre_quant.shape[1],
+        codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1],
+        single_level=levels[depth - 1] if single_level else 0,
+        **{ours: settings[theirs] for ours, theirs in knobs.items() if theirs in settings})
+
+    tensors = {}
+    for name, tensor in state.items():
+        shared = re.match(r"(pre_quants|post_quants|quantizers)\.\d+\.(.*)", name)
+        if not shared:
+            for theirs, ours in RELEASED_NAMES:
+                name = re.sub(theirs, ours, name)
+            tensors[name] = tensor
+        elif shared[2] != "bias" and not torch.equal(tensor, state[f"{shared[1]}.0.{shared[2]}"]):
+            raise KeyError(f"one {shared[2]} for all {shared[1]}")
+    # pre_quants are numbered by level, post_quants in the order of the decoders: from the coarsest level up.
+    pre, post = ([depth - 1], [0]) if single_level else (range(n_levels), reversed(range(n_levels)))
+    for ours, theirs, order in (("pre_quant", "pre_quants", pre), ("post_quant", "post_quants", post)):
+        tensors[f"{ours}.weight"] = state[f"{theirs}.0.weight"]
+        tensors[f"{ours}.bias"] = torch.stack([state[f"{theirs}.{i}.bias"] for i in order])
+    for ours, theirs in (("weight", "weight"), ("cluster_size", "cluster_size"), ("embed_sum", "embed_avg")):
+        tensors[f"codebook.{ours}"] = state[f"quantizers.0.embedding.{theirs}"]
+    tensors["codebook.updates"] = torch.tensor(2 ** 20)  # past the quick decay of the first steps
+    return config, tensors
+
+
+# -----------------------------------------------------------------------------
+# Perceptual loss
+
+# Name in the torch hub cache, as much of the SHA-256 hash as is known, address
+VGG_FILE = "vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"
+LPIPS_FILE = (
+    "lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+
+
+def fetched(flag, name, sha256, url):
+    """
+    Path of a file in the torch hub cache. Where it is missing it is downloaded to there, its hash checked.
+    Raises OSError, with the ways to go on, where it cannot be had.
+    """
+    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if not os.path.exists(path):
+        try:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+        except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
+            raise OSError(f"LPIPS needs {name}, which could not be downloaded from {url} ({e}): "
+                          f"put it at {path}, or give it by --{flag}; --loss l2 trains without") from None
+    return path
+
+
+class LPIPS(nn.Module):
+    """
+    Learned perceptual distance: images a, b (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), from 0 up.
+
+    VGG-16's features after five of its layers, each scaled to length 1 over channels; squared differences,
+    weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
+    of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
+
+    `vgg_weights` is torchvision's file of VGG-16; `lpips_weights` that of lpips, with keys lin0.model.1.weight
+    and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
+    Raises OSError where a file cannot be had, ValueError where it is another.
+    """
+    taps = (3, 8, 15, 22, 29)  # of torchvision's layers: the last ReLU of each resolution
+
+    def __init__(self, vgg_weights="", lpips_weights=""):
+        super().__init__()
+        from torchvision.models import vgg16  # here, because nothing else needs it
+        vgg_weights = vgg_weights or fetched("vgg_weights", *VGG_FILE)
+        lpips_weights = lpips_weights or fetched("lpips_weights", *LPIPS_FILE)
+        vgg, lpips = read_plain(vgg_weights), read_plain(lpips_weights)
+        with torch.device("meta"):  # shapes alone, no random weights
+            self.features = vgg16().features[:self.taps[-1] + 1]
+        try:
+            weights = {name: vgg[f"features.{name}"] for name in self.features.state_dict()}
+            self.features.load_state_dict(weights, assign=True)
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{vgg_weights} is not torchvision's VGG-16") from None
+        for i, tap in enumerate(self.taps):
+            channels, weight = self.features[tap - 1].out_channels, lpips.get(f"lin{i}.model.1.weight")
+            if weight is None or weight.shape != (1, channels, 1, 1):
+                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: "
+                                 f"it has no lin{i}.model.1.weight of {channels} channels")
+            self.register_buffer(f"lin{i}", weight.float())
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def compared(self, images):
+        """(B, 3, H, W) -> five feature maps (B, C, h, w), fp32, of length 1 along C."""
+        h = (images - self.shift) / self.scale
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
+                yield h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)
+
+    def forward(self, a, b):
+        return sum(((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
+                   for i, (x, y) in enumerate(zip(self.compared(a), self.compared(b))))

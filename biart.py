@@ -72,7 +72,9 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
+        # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding noise, which Adam
+        # would blow up to full steps, others on two GPUs than on one.
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
@@ -102,6 +104,42 @@ class Block(nn.Module):
     def forward(self, x, cache=None, start=0):
         x = x + self.attn(self.ln_1(x), cache, start)
         return x + self.mlp(self.ln_2(x))
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    h (N, C), weight (V, C), targets (N,), share (N,), with_gradient -> sum of share * cross-entropy, a scalar to
+    differentiate, and the cross-entropies themselves (N,), nats, to read. The scores (N, V) exist a chunk of rows at a
+    time only: the gradient is worked out while a chunk is there, so that the backward pass has nothing to do again.
+    """
+    chunk = 2 ** 24  # scores held at once
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, share, with_gradient):
+        rows = max(1, LinearCrossEntropy.chunk // len(weight))
+        nll, grad_h = torch.empty(len(h), device=h.device), torch.empty_like(h) if with_gradient else None
+        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        scale = share.max()  # comes in at the end: float16 would lose such small gradients on the way
+        for part in torch.arange(len(h)).split(rows):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            scores = F.linear(h[part], weight)  # (rows, V), in autocast's type
+            low, scores = scores.dtype, scores.float()
+            top = scores.logsumexp(1, keepdim=True)
+            wanted = targets[part, None]
+            nll[part] = (top - scores.gather(1, wanted))[:, 0]
+            if with_gradient:  # of the scores: share * (softmax - one-hot)
+                grad = scores.sub_(top).exp_().scatter_add_(1, wanted, -torch.ones_like(top))
+                grad = grad.mul_((share[part] / scale)[:, None]).to(low)
+                grad_h[part] = grad @ weight
+                grad_weight += grad.t() @ h[part]
+        ctx.save_for_backward(grad_h, grad_weight, scale)
+        ctx.mark_non_differentiable(nll)
+        return (nll * share).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_h, grad_weight, scale = ctx.saved_tensors
+        return grad_h * (grad * scale), grad_weight * (grad * scale), None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -183,25 +221,20 @@ class BiART(nn.Module):
         """Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to)."""
         return self.head[modality](self.ln_f(h))
 
-    def nll(self, h, text, image, to):
-        """
-        Trunk output (B, T, C) of one direction -> cross-entropy, nats: summed over each sample's scored GEN tokens (B,),
-        and how many those are (B,). A text is scored up to and including its end token, an image whole.
-        """
-        sides = {"text": text, "image": image}
-        n_ref = self.config.length(OTHER[to])
-        loss = self.token_nll(h[:, n_ref - 1:-1], sides[to], to)
-        scored = self.scored(sides[to], to)
-        return (loss * scored).sum(1), scored.sum(1)
-
-    def token_nll(self, h, targets, modality):
-        """Hidden states (B, n, C), one place before the targets (B, n) -> cross-entropy (B, n), nats."""
-        logits = self.logits(h, modality).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-
     def scored(self, tokens, modality):
-        """Which tokens count: all but the padding."""
+        """Which tokens count: all but the padding. A text is scored up to and including its end token."""
         return tokens != self.config.pad_token if modality == "text" else torch.ones_like(tokens, dtype=torch.bool)
+
+    def cross_entropy(self, h, targets, modality):
+        """
+        Hidden states (B, n, C), each one place before its target (B, n) -> the mean over samples of the mean over a
+        sample's scored tokens, a scalar; and each sample's sum over its scored tokens (B,), to read. Nats.
+        """
+        scored = self.scored(targets, modality)
+        share = scored / scored.sum(1, keepdim=True) / len(targets)
+        mean, nll = LinearCrossEntropy.apply(self.ln_f(h).flatten(0, 1), self.head[modality].weight, targets.flatten(),
+                                             share.flatten(), torch.is_grad_enabled())
+        return mean, (nll.view_as(targets) * scored).sum(1)
 
     def forward(self, text, image, null=None):
         """
@@ -215,18 +248,16 @@ class BiART(nn.Module):
             raise ValueError(f"batch size {len(text)} is odd: half of a batch runs in each direction")
         halves = []
         for to, pick in (("image", slice(0, None, 2)), ("text", slice(1, None, 2))):
-            halves.append((to, text[pick], image[pick], None if null is None else null[pick]))
-        h = self.trunk(torch.cat([self.sequence(t, i, to, n) for to, t, i, n in halves]))
+            halves.append((to, {"text": text[pick], "image": image[pick]}, None if null is None else null[pick]))
+        h = self.trunk(torch.cat([self.sequence(to=to, null=blank, **sides) for to, sides, blank in halves]))
         losses = []
-        for half, (to, t, i, _) in zip(h.chunk(2), halves):
-            total, count = self.nll(half, t, i, to)
-            losses.append((total / count).mean())
+        for half, (to, sides, _) in zip(h.chunk(2), halves):
+            ref = OTHER[to]
+            n_ref = self.config.length(ref)
+            loss, _ = self.cross_entropy(half[:, n_ref - 1:-1], sides[to], to)
             if self.config.ref_loss:
-                ref = OTHER[to]
-                tokens = t if ref == "text" else i
-                scored = self.scored(tokens, ref)[:, 1:]
-                loss = self.token_nll(half[:, :tokens.shape[1] - 1], tokens[:, 1:], ref)
-                losses[-1] = losses[-1] + self.config.ref_loss * ((loss * scored).sum(1) / scored.sum(1)).mean()
+                loss = loss + self.config.ref_loss * self.cross_entropy(half[:, :n_ref - 1], sides[ref][:, 1:], ref)[0]
+            losses.append(loss)
         return sum(losses) / 2, {"t2i": losses[0].detach(), "i2t": losses[1].detach()}
 
     @torch.no_grad()
@@ -235,13 +266,13 @@ class BiART(nn.Module):
         log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows go through
         a few at a time, so that about `chunk` numbers are held at once, scores and activations of one block together.
         """
-        c = self.config
-        row = c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)
-        few = max(1, chunk // row)
-        parts = [self.nll(self.trunk(self.sequence(t, i, to)), t, i, to)
-                 for t, i in zip(text.split(few), image.split(few))]
-        total, count = (torch.cat(part) for part in zip(*parts))
-        return -total, count
+        c, targets = self.config, {"text": text, "image": image}[to]
+        few = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)))
+        total = []
+        for t, i, wanted in zip(text.split(few), image.split(few), targets.split(few)):
+            h = self.trunk(self.sequence(t, i, to))
+            total.append(self.cross_entropy(h[:, c.length(OTHER[to]) - 1:-1], wanted, to)[1])
+        return -torch.cat(total), self.scored(targets, to).sum(1)
 
     def judge(self, ref, candidates, to):
         """

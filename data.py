@@ -35,6 +35,7 @@ class DataConfig:
     val_captions: str = ""  # coco: captions JSON of the validation images
     n_scenes: int = 12288  # scenes: how many different ones to train on
     crop_scale: float = 0.75  # training crops keep at least this share of the centre square's area; 1 = centre crop
+    crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (the release)
     workers: int = 0  # loader processes per rank; 0 reads in the training process
 
 
@@ -319,17 +320,22 @@ def open_data(config, split):
 # -----------------------------------------------------------------------------
 # Views: what a model takes
 
-def crop_to_tensor(image, size, scale=1.0, rng=None):
+def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
     """
     PIL image -> float tensor (3, size, size) in [-1, 1]: the centre square, or, given an rng, a random square of
-    `scale` to 1 times its area.
+    `scale` to 1 times its area. With of="picture", times the picture's area: ten tries at a square that has room,
+    and else the centre square (as torchvision's RandomResizedCrop).
     """
     w, h = image.size
     side = min(w, h)
     x, y = (w - side) / 2, (h - side) / 2
     if rng and scale < 1:
-        side = max(1, round(side * rng.uniform(scale, 1) ** 0.5))
-        x, y = rng.randint(0, w - side), rng.randint(0, h - side)
+        area = {"square": side * side, "picture": w * h}[of]
+        drawn = (max(1, round((area * rng.uniform(scale, 1)) ** 0.5)) for _ in range(10))
+        fits = next((d for d in drawn if d <= side), None)
+        if fits:
+            side = fits
+            x, y = rng.randint(0, w - side), rng.randint(0, h - side)
     if (w, h) != (size, size) or side != size:
         image = image.resize((size, size), Image.BILINEAR, box=(x, y, x + side, y + side), reducing_gap=2.0)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(127.5).sub_(1)
@@ -338,14 +344,16 @@ def crop_to_tensor(image, size, scale=1.0, rng=None):
 class Pixels:
     """Images alone, for AugVAE: item(i, rng) -> (tensor (3, size, size) in [-1, 1],)."""
 
-    def __init__(self, dataset, size, crop_scale):
-        self.dataset, self.size, self.crop_scale = dataset, size, crop_scale
+    def __init__(self, dataset, size, crop_scale, crop_of="square"):
+        if crop_of not in ("square", "picture"):
+            raise ValueError(f"--crop_of {crop_of!r} is none of: square, picture")
+        self.dataset, self.size, self.crop_scale, self.crop_of = dataset, size, crop_scale, crop_of
 
     def __len__(self):
         return len(self.dataset)
 
     def item(self, i, rng):
-        return (crop_to_tensor(self.dataset.image(i), self.size, self.crop_scale, rng),)
+        return (crop_to_tensor(self.dataset.image(i), self.size, self.crop_scale, rng, self.crop_of),)
 
 
 class Tokens:
@@ -405,10 +413,10 @@ def encode_captions(dataset, tokenizer, n_text):
 
 class Order:
     """
-    Batches of (index, place), endlessly, from step `start` on: epoch after epoch, each a fresh permutation of the data,
+    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of the data,
     cut into global batches of world * batch_size of which every rank takes its own stretch. `place` numbers the samples
-    drawn since the beginning of training. A pure function of (seed, rank, world, step), so a run resumes at the very
-    next sample.
+    drawn since the beginning of training. A pure function of (seed, start, rank, world), so a run resumes at the very
+    next sample, on any number of ranks.
     """
 
     def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1):
@@ -416,9 +424,8 @@ class Order:
         self.start, self.rank, self.world = start, rank, world
 
     def __iter__(self):
-        epoch, permutation, step = -1, None, self.start
+        epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
         while True:
-            begin = (step * self.world + self.rank) * self.batch_size
             batch = []
             for place in range(begin, begin + self.batch_size):
                 if place // self.n != epoch:
@@ -427,7 +434,7 @@ class Order:
                     permutation = torch.randperm(self.n, generator=generator)
                 batch.append((int(permutation[place % self.n]), place))
             yield batch
-            step += 1
+            begin += self.world * self.batch_size
 
 
 class Placed(torch.utils.data.Dataset):

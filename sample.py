@@ -45,12 +45,13 @@ from augvae import AugVAE, AugVAEConfig, codebook_use
 from biart import BiART, BiARTConfig
 from data import DataConfig
 from tokenizer import Tokenizer
-from train import STAGES, Context, Parser, configure, fingerprint, load_checkpoint, restore
+from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, restore
 
 
 @dataclass
 class SampleConfig:
     out_dir: str = "out"  # the run to use, as train.py's
+    vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
     save_dir: str = ""  # where to put what is made; empty is out_dir
     prompt: str = ""  # paint this caption
     prompts: str = ""  # paint the captions in this text file, one a line
@@ -123,9 +124,12 @@ class Run:
 
     def __init__(self, config):
         self.config, self.context = config, Context(config.device, config.dtype, wide=False)
-        checkpoint = load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl")
-        self.vae = restore(AugVAE, AugVAEConfig, checkpoint).to(self.context.device)
-        self.settings = checkpoint["settings"]
+        if config.vae:
+            vae = load_augvae(config.vae)
+        else:
+            vae = restore(AugVAE, AugVAEConfig,
+                          load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl"))
+        self.vae = vae.to(self.context.device)
         self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
         self.save_dir = config.save_dir or config.out_dir
         if config.keep_rows and config.keep_rows >= self.side:
@@ -140,23 +144,26 @@ class Run:
         self.tokenizer = Tokenizer.load(os.path.join(self.config.out_dir, "tokenizer.json"))
         for name, print_ in (("augvae", fingerprint(self.vae)), ("tokenizer", self.tokenizer.fingerprint())):
             if checkpoint[name] != print_:
-                raise ValueError(f"{path} was trained with another {name} than the one in {self.config.out_dir}")
+                where = self.config.vae if name == "augvae" and self.config.vae else self.config.out_dir
+                raise ValueError(f"{path} was trained with another {name} than the one in {where}")
         self.biart = restore(BiART, BiARTConfig, checkpoint).to(self.context.device)
         return self
 
     def encode(self, images):
-        """PIL images -> codes LongTensor (B, n_image) and what was encoded (B, 3, size, size)."""
+        """PIL images -> codes LongTensor (B, n), finest grid first, and what was encoded (B, 3, size, size)."""
         pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images]).to(self.context.device)
         with self.context.autocast():
-            return self.vae.encode(pixels)[0].flatten(1), pixels
+            return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
     def pixels(self, codes):
-        """Codes (B, n_image) -> images (B, 3, size, size) in [-1, 1]."""
+        """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
+        sides = self.vae.config.grids
+        grids = [part.unflatten(1, (s, s)) for part, s in zip(codes.split([s * s for s in sides], 1), sides)]
         with self.context.autocast():
-            return self.vae.decode([codes.view(-1, self.side, self.side)]).float()
+            return self.vae.decode(grids).float()
 
     def decode(self, codes):
-        """Codes (B, n_image) -> PIL images."""
+        """Codes (B, n), as encode() gives them -> PIL images."""
         return [data.to_image(x) for x in self.pixels(codes)]
 
     def tokenize(self, captions):
@@ -599,8 +606,6 @@ def find_inception(run):
 
 def find_lpips(run):
     """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    if not hasattr(augvae, "LPIPS"):  # MERGE: drop this line and the next; the rest takes augvae.LPIPS as it is there
-        return None
     paths = [weights_at_hand(run.config, flag, *file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
                                                                          ("lpips_weights", augvae.LPIPS_FILE))]
     return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None

@@ -5,17 +5,25 @@ $ pytest -q
 
 They compare with brute force, with a reference, or with the long way round; the last ones run the real commands.
 """
+import argparse
+import contextlib
 import csv
 import dataclasses
 import gzip
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import pickle
 import random
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import urllib.error
 from collections import Counter
 
 import numpy as np
@@ -23,12 +31,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
+import augvae
 import data
 import sample as sample_module
 import tokenizer as tokenizer_module
 import train
-from augvae import AugVAE, AugVAEConfig, Codebook, Upsample, codebook_use
+from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, Upsample, codebook_use
 from biart import BiART, BiARTConfig, sample
 from data import DataConfig
 from tokenizer import Tokenizer
@@ -327,6 +337,19 @@ def test_tokenizer_clip_decode():
     assert tok.decode(tok.encode("x" * 500)) == "x" * 500
 
 
+def test_tokenizer_load_reads_both_kinds_and_captions_have_one_end(tmp_path):
+    tok = tok_clip()
+    assert tok.encode("a<|endoftext|>b") == [320, tok.end, 321]  # as CLIP
+    for text in ("a<|endoftext|>b", "<|startoftext|>a &lt;|EndOfText|&gt; b"):
+        assert tok.encode_padded(text, 4) == ([320, 321, tok.end, tok.pad], False)
+        assert tok.encode_padded(text, 2) == ([320, tok.end], True)
+    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
+    assert Tokenizer.load(path).fingerprint() == tok.fingerprint()
+    (tmp_path / "short").write_bytes(gzip.compress(b"a header\ni n"))
+    with pytest.raises(ValueError, match="short has only 1 merges"):
+        Tokenizer.load(tmp_path / "short")
+
+
 def test_tokenizer_clip_words():
     # needs no merge list
     def words(text):
@@ -451,6 +474,25 @@ def test_crops():
     assert (np.asarray(data.to_image(centre)) == np.array(image)[:, 16:64]).all()
 
 
+def test_crops_of_the_whole_picture_are_those_of_torchvision():
+    def boxes(w, h, of, n=400):  # a picture whose colours tell where a pixel was, so that a crop tells what it shows
+        ramp = np.zeros((h, w, 3), np.uint8)
+        ramp[..., 0], ramp[..., 1] = np.arange(w)[None], np.arange(h)[:, None]
+        crops = (data.crop_to_tensor(Image.fromarray(ramp), 64, 0.75, random.Random(i), of) for i in range(n))
+        crops = [(c + 1) * 127.5 for c in crops]
+        return np.array([(c[0, 0, -1] - c[0, 0, 0]) * 64 / 63 for c in crops]), np.array([c[0].mean() for c in crops])
+
+    for w, h in ((120, 120), (128, 120), (160, 120)):
+        sides, centres = boxes(w, h, "picture")
+        torch.manual_seed(0)
+        tried = [RandomResizedCrop.get_params(torch.empty(3, h, w), [0.75, 1.0], [1.0, 1.0]) for _ in range(2000)]
+        assert np.mean(sides) == pytest.approx(np.mean([t[3] for t in tried]), abs=1.5)
+        assert np.std(centres) == pytest.approx(np.std([t[1] + t[3] / 2 for t in tried]), abs=1)
+    assert sides.min() > 117 > boxes(160, 120, "square")[0].min() + 10  # of 4:3 pictures the release shows all the height
+    with pytest.raises(ValueError, match="none of: square, picture"):
+        data.Pixels(data.Scenes("val", 1), 32, 0.5, "circle")
+
+
 def coco(tmp_path, n=4, size=64):
     """A small data set in the MS-COCO captions layout -> (folder, JSON path, the JSON's content)."""
     folder = tmp_path / "images"
@@ -497,11 +539,12 @@ def test_order_covers_every_sample_once_and_resumes():
         assert places == list(range(steps * batch * world))
         for epoch in range(len(places) // n):
             assert sorted(indices[epoch * n:(epoch + 1) * n]) == list(range(n))
-        late = iter(data.Order(n, batch, 5, 7, 0, world))
-        early = iter(data.Order(n, batch, 5, 0, 0, world))
-        for _ in range(7):
-            next(early)
-        assert next(late) == next(early)
+        for other in (1, 2, 3):  # what one number of ranks began, another goes on with
+            begun = 7 * batch * world
+            late = [iter(data.Order(n, batch, 5, begun, rank, other)) for rank in range(other)]
+            after = [place for _ in range(5) for stream in late for _, place in next(stream)]
+            assert after == list(range(begun, begun + 5 * batch * other))
+            assert next(iter(data.Order(n, 1, 5, begun))) == [(indices[begun], begun)]
         # the ranks' batches side by side are the batch of one rank with a batch as large as all of them
         whole = next(iter(data.Order(n, batch * world, 5, 3, 0, 1)))
         assert whole == [key for rank in range(world) for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
@@ -725,6 +768,307 @@ def test_attention_sits_where_the_release_has_it():
     weights = (torch.einsum("bci,bcj->bij", q, k) / 32 ** 0.5).softmax(2)
     plain = x + block.proj_out(torch.einsum("bij,bcj->bci", weights, v).view(2, 32, 4, 4))
     assert torch.allclose(block(x), plain, atol=1e-5)
+
+
+def released_shapes(c, single_level=0):
+    """Names and shapes of the tensors of a released checkpoint, in its order; `c` holds the release's options."""
+    shapes, z, h = {}, c["z_channels"], c["hidden_dim"]
+
+    def norm(name, channels):
+        shapes.update({f"{name}.weight": (channels,), f"{name}.bias": (channels,)})
+
+    def conv(name, i, o, k=3):
+        shapes.update({f"{name}.weight": (o, i, k, k), f"{name}.bias": (o,)})
+
+    def block(name, i, o):
+        norm(f"{name}.norm1", i)
+        conv(f"{name}.conv1", i, o)
+        norm(f"{name}.norm2", o)
+        conv(f"{name}.conv2", o, o)
+        if i != o:
+            conv(f"{name}.nin_shortcut", i, o, 1)
+
+    def attention(name, channels):
+        if c["use_attn"]:
+            norm(f"{name}.norm", channels)
+            for part in ("q", "k", "v", "proj_out"):
+                conv(f"{name}.{part}", channels, channels, 1)
+
+    def middle(name, channels):
+        block(f"{name}.mid.block_1", channels, channels)
+        attention(f"{name}.mid.attn_1", channels)
+        block(f"{name}.mid.block_2", channels, channels)
+
+    def resolution(name, n, i, o, attends):
+        for j in range(n):
+            block(f"{name}.block.{j}", o if j else i, o)
+        for j in range(n if attends else 0):
+            attention(f"{name}.attn.{j}", o)
+
+    def encoder(name, i, mults):
+        conv(f"{name}.conv_in", i, h)
+        for j, (a, b) in enumerate(zip([1, *mults], mults)):
+            resolution(f"{name}.down.{j}", c["num_res_blocks"], h * a, h * b, j == len(mults) - 1)
+            if j < len(mults) - 1:
+                conv(f"{name}.down.{j}.downsample.conv", h * b, h * b)
+        middle(name, h * mults[-1])
+        norm(f"{name}.norm_out", h * mults[-1])
+        conv(f"{name}.conv_out", h * mults[-1], z)
+
+    def decoder(name, i, o, mults):
+        conv(f"{name}.conv_in", i, h * mults[-1])
+        middle(name, h * mults[-1])
+        for j, (a, b) in enumerate(zip([*mults[1:], mults[-1]], mults)):
+            resolution(f"{name}.up.{j}", c["num_res_blocks"] + 1, h * a, h * b, j == len(mults) - 1)
+            if j:
+                conv(f"{name}.up.{j}.upsample.conv", h * b, h * b)
+        norm(f"{name}.norm_out", h * mults[0])
+        conv(f"{name}.conv_out", h * mults[0], o)
+
+    levels, dim = len(c["attn_resolutions"]), c["codebook_dim"]
+    depth = c["attn_resolutions"].index(single_level) + 1 if single_level else levels
+    for i in range(depth):
+        encoder(f"encoders.{i}", z if i else 3, [2, 4] if i else c["ch_mult"])
+    for i in range(levels):
+        conv(f"pre_quants.{i}", z, dim, 1)
+    for i in range(levels):
+        conv(f"post_quants.{i}", dim, z, 1)
+    for i in range(depth):
+        last = i == depth - 1
+        decoder(f"decoders.{i}", z if i == 0 and not single_level else 2 * z, 3 if last else z,
+                c["ch_mult"] if last else [2, 4])
+    for i in range(levels):
+        shapes.update({f"quantizers.{i}.embedding.weight": (c["num_tokens"], dim),
+                       f"quantizers.{i}.embedding.cluster_size": (c["num_tokens"],),
+                       f"quantizers.{i}.embedding.embed_avg": (c["num_tokens"], dim)})
+    for i in range(depth if single_level else 0):
+        conv(f"connectors.{i}", z, 2 * z, 1)
+    return shapes
+
+
+def released_state(c, single_level=0):
+    """Weights by rule: numpy's RandomState(i) for the i-th tensor, scaled by what it is; tied ones are one."""
+    state = {}
+    for i, (name, shape) in enumerate(released_shapes(c, single_level).items()):
+        r = np.random.RandomState(i).standard_normal(shape)
+        if name.startswith("quantizers."):
+            r = r / 2
+        elif len(shape) == 1:
+            r = 1 + 0.1 * r if name.endswith("weight") else 0.1 * r
+        else:
+            r = r / np.sqrt(np.prod(shape[1:]))
+        state[name] = torch.from_numpy(r.astype(np.float32))
+        if name.endswith("cluster_size"):
+            state[name] = torch.ones(shape)
+        elif name.endswith("embed_avg"):
+            state[name] = state[name.replace("embed_avg", "weight")].clone()
+        tied = re.match(r"(\w+quants|quantizers)\.[1-9]\d*\.(.*(weight|size|avg))", name)
+        if tied:
+            state[name] = state[f"{tied[1]}.0.{tied[2]}"]
+    return state
+
+
+def released_file(path, c, single_level=0, **changes):
+    """A checkpoint as Lightning writes them; returns its path."""
+    settings = {**c, "dropout": 0.1, "quant_beta": 0.25, "quant_ema_decay": 0.9, "quant_ema_eps": 1e-5, "loss_type": "lpips_l2"}
+    torch.save({"epoch": 3, "global_step": 9, "pytorch-lightning_version": "1.5.0", "optimizer_states": [{"state": {}}],
+                "state_dict": {**released_state(c, single_level), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)},
+                "hyper_parameters": {"args": argparse.Namespace(**settings), "batch_size": 8}, **changes}, path)
+    return str(path)
+
+
+RELEASED = {"resolution": 32, "ch_mult": [1, 2], "attn_resolutions": [16, 8, 4, 2], "num_res_blocks": 1, "hidden_dim": 32,
+            "z_channels": 32, "codebook_dim": 32, "num_tokens": 64, "use_attn": False}
+ATTENTIVE = {**RELEASED, "ch_mult": [1, 1, 2], "attn_resolutions": [8, 4, 2], "num_res_blocks": 2, "z_channels": 48,
+             "codebook_dim": 16, "num_tokens": 100, "use_attn": True}
+# What the released code computes: SHA-256 of the tokens as int32, every 997th value of the reconstruction, commitment
+# (of the levels that are decoded), mean squared error, and norms of the gradients of the sum of the two.
+RELEASED_NUMBERS = [
+    (RELEASED, 0, "c89f5c1fa90efd50", [0.347915, 0.267447, -0.027976, 0.778806, 0.356596, -0.013522, -0.563661],
+     0.2992631494998932, 0.6631148457527161,
+     {"encoders.0.conv_in": 0.6919979453086853, "encoders.1.conv_in": 1.5089997053146362,
+      "pre_quant": 0.3228518068790436, "post_quant": 0.2745877206325531,
+      "decoders.0.conv_in": 0.6367138624191284, "decoders.3.conv_out": 0.8173741102218628}),
+    (RELEASED, 8, "afd44e983ed316fc", [-0.033409, -0.098346, -0.470951, 0.315475, -0.289876, -0.185737, -0.027495],
+     0.08632057905197144, 0.6394087672233582,
+     {"encoders.0.conv_in": 0.5598099827766418, "encoders.1.conv_in": 1.2299842834472656,
+      "pre_quant": 0.402413010597229, "post_quant": 0.22673025727272034,
+      "decoders.0.conv_in": 0.9452989101409912, "decoders.1.conv_out": 1.310286283493042}),
+    (ATTENTIVE, 0, "1c14f3e6ba63a1d3", [-0.101659, -0.06568, -0.649225, -0.474758, 0.323068, -0.26233, -0.240731],
+     0.1784765124320984, 0.6458797454833984,
+     {"encoders.0.conv_in": 1.6031019687652588, "encoders.1.conv_in": 3.7141685485839844,
+      "pre_quant": 0.753489077091217, "post_quant": 0.35158100724220276,
+      "decoders.0.conv_in": 1.6585478782653809, "decoders.2.conv_out": 1.0541353225708008}),
+    (ATTENTIVE, 4, "c2f9e7937507908d", [0.242536, -0.589855, 0.123157, 0.359199, -0.423972, -0.285846, 0.395595],
+     0.06335052847862244, 0.8614316582679749,
+     {"encoders.0.conv_in": 1.770343542098999, "encoders.1.conv_in": 4.651626110076904,
+      "pre_quant": 0.961495041847229, "post_quant": 0.5413671731948853,
+      "decoders.0.conv_in": 3.581798791885376, "decoders.1.conv_out": 2.43916392326355}),
+]
+
+
+@pytest.mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", RELEASED_NUMBERS)
+def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms, tmp_path):
+    vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", c, single_level))
+    config = vae.config
+    assert config.grids == ((single_level,) if single_level else tuple(c["attn_resolutions"]))
+    assert (config.ae_dropout, config.ema_decay, config.attention) == (0.1, 0.9, c["use_attn"])
+    x = torch.from_numpy(np.random.RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32))
+    reconstruction, loss, codes = vae(x)
+    flat = torch.cat([code.flatten(1) for code in codes], 1).numpy().astype(np.int32)
+    assert hashlib.sha256(flat.tobytes()).hexdigest()[:16] == tokens
+    assert reconstruction.flatten()[::997].tolist() == pytest.approx(pixels, abs=1e-4)
+    assert loss.item() == pytest.approx(commitment, rel=1e-5)
+    error = F.mse_loss(reconstruction, x)
+    assert error.item() == pytest.approx(mse, rel=1e-5)
+    (error + loss).backward()
+    parameters = dict(vae.named_parameters())
+    for name, norm in norms.items():
+        assert parameters[f"{name}.weight"].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
+    # one-way and lossless: saved and read again as one of ours
+    stage = "augvae_sl" if single_level else "augvae_ml"
+    train.save_checkpoint(tmp_path / "ours.pt", {"stage": stage, "config": dataclasses.asdict(config), "model": vae.state_dict()})
+    again = train.load_augvae(tmp_path / "ours.pt")
+    assert train.fingerprint(again) == train.fingerprint(vae) and again.config == config
+    assert torch.equal(again(x)[0], reconstruction) and torch.equal(again(x)[1], loss)
+
+
+@pytest.mark.parametrize("single_level", [0, 8])
+def test_released_weights_give_golden_values(single_level, tmp_path):
+    path = os.path.join(HERE, "..", "shared", "golden", "augvae_sl.npz" if single_level else "augvae_ml.npz")
+    if not os.path.exists(path):
+        pytest.skip(f"no golden values at {path}")
+    vae, golden = AugVAE.from_released(released_file(tmp_path / "released.ckpt", RELEASED, single_level)), np.load(path)
+    x = torch.from_numpy(np.random.RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32))
+    with torch.no_grad():
+        reconstruction, _, codes = vae(x)
+    assert (torch.cat([code.flatten(1) for code in codes], 1).numpy() == golden["tokens"]).all()
+    assert np.abs(reconstruction.numpy() - golden["reconstruction"]).max() < 1e-4
+
+
+def test_released_codebook_trains_on(tmp_path):
+    vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", RELEASED))
+    codes = vae.train()(images(), collect=True)[2]
+    vae.codebook.update()
+    counts = torch.bincount(torch.cat([c.flatten() for c in codes]), minlength=64)
+    assert torch.allclose(vae.codebook.cluster_size, 0.9 + 0.1 * counts)  # at the file's decay from the first step on
+    assert not torch.equal(vae.codebook.weight, AugVAE.from_released(tmp_path / "released.ckpt").codebook.weight)
+
+
+def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    state, args = released_state(RELEASED), argparse.Namespace(**RELEASED)
+    path = released_file("released.ckpt", RELEASED)
+    with open(path, "rb") as f:
+        whole = f.read()
+    with open("truncated.ckpt", "wb") as f:
+        f.write(whole[:len(whole) // 2])
+    torch.save([1, 2], "list.ckpt")
+    cases = [("absent.ckpt", "no file absent.ckpt"), ("truncated.ckpt", "not a whole file"), ("list.ckpt", "holds a list")]
+    for i, (message, changes) in enumerate([
+            (r"asks to run (os|posix|nt)\.system", {"callbacks": Payload()}),
+            (r"asks to run (os|posix|nt)\.system", {"hyper_parameters": {"args": Payload()}}),
+            ("asks to run .*AugVAEConfig", {"callbacks": TINY}),
+            ("'hyper_parameters'|'args'", {"hyper_parameters": {}}), ("resolution", {"hyper_parameters": {"args": argparse.Namespace()}}),
+            ("encoders.0.conv_in.weight", {"state_dict": {}}),
+            ("norm_out.bias is absent", {"state_dict": {k: v for k, v in state.items() if k != "encoders.0.norm_out.bias"}}),
+            (r"decoders.0.extra is \(2,\), and not absent", {"state_dict": {**state, "decoders.0.extra": torch.ones(2)}}),
+            ("one weight for all post_quants", {"state_dict": {**state, "post_quants.1.weight": torch.ones(32, 32, 1, 1)}}),
+            (r"conv_in.weight is \(32, 1, 3, 3\)", {"state_dict": {**state, "encoders.0.conv_in.weight": torch.ones(32, 1, 3, 3)}}),
+            ("levels", {"hyper_parameters": {"args": argparse.Namespace(**{**RELEASED, "resolution": 36})}})]):
+        cases.append((released_file(f"{i}.ckpt", RELEASED, **changes), message))
+    for path, message in cases:
+        with pytest.raises(ValueError, match=message) as info:
+            AugVAE.from_released(path)
+        assert path in str(info.value) and "\n" not in str(info.value)
+    assert not os.path.exists("pwned")
+    # the Namespace itself may be what the hyper-parameters are
+    AugVAE.from_released(released_file("bare.ckpt", RELEASED, hyper_parameters=args))
+
+
+def lpips_files(folder):
+    """The two files of weights that LPIPS reads, filled by rule; returns their paths."""
+    convolutions = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
+                    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512)]
+    vgg = {}
+    for n, i, o in convolutions:
+        r = np.random.RandomState(n)
+        vgg[f"features.{n}.weight"] = torch.from_numpy(r.standard_normal((o, i, 3, 3)) * (2 / (9 * i)) ** 0.5).float()
+        vgg[f"features.{n}.bias"] = torch.from_numpy(r.standard_normal(o) * 0.1).float()
+    vgg["classifier.0.bias"] = torch.zeros(3)
+    lpips = {f"lin{i}.model.1.weight": torch.from_numpy(np.random.RandomState(100 + i).rand(1, c, 1, 1)).float()
+             for i, c in enumerate((64, 128, 256, 512, 512))}
+    torch.save(vgg, folder / "vgg.pth")
+    torch.save(lpips, folder / "lpips.pth")
+    return str(folder / "vgg.pth"), str(folder / "lpips.pth")
+
+
+def test_lpips_equals_the_lpips_package(tmp_path):
+    lpips = LPIPS(*lpips_files(tmp_path)).train()  # nothing in it wakes up
+    x = torch.from_numpy(np.random.RandomState(7).uniform(-1, 1, (4, 3, 32, 32))).float()
+    a, b = x[:2], x[2:].clone().requires_grad_()
+    distance = lpips(a, b)  # the numbers are those of the package lpips 0.1.4, net="vgg", with the same weights
+    assert distance.tolist() == pytest.approx([0.661448061466217, 0.6806221008300781], rel=1e-5)
+    assert torch.autograd.grad(distance.sum(), b)[0].norm().item() == pytest.approx(0.029269661754369736, rel=1e-4)
+    assert torch.allclose(lpips(b, a), distance) and not any(p.requires_grad for p in lpips.parameters())
+    same = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    lpips(same, same.detach()).backward()
+    assert same.grad.abs().max() == 0 == lpips(same, same)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lpips(a, b).tolist() == pytest.approx(distance.tolist(), rel=0.05)
+
+
+def test_lpips_in_the_loss(tmp_path):
+    vgg, weights = lpips_files(tmp_path)
+    torch.manual_seed(0)
+    vae, x = AugVAE(TINY), images()
+    for loss, pixel in (("lpips_l2", F.mse_loss), ("lpips_l1", F.l1_loss)):
+        config = train.TrainConfig(loss=loss, lpips_weight=0.3, vgg_weights=vgg, lpips_weights=weights)
+        objective = train.AugVAEObjective(vae, config).eval()
+        total, parts = objective(x)
+        reconstruction, commitment, _ = vae(x)
+        perceptual = objective.lpips(reconstruction, x).mean()
+        assert total.item() == pytest.approx((pixel(reconstruction, x) + 0.3 * perceptual + commitment).item(), rel=1e-5)
+        assert parts["lpips"].item() == pytest.approx(perceptual.item(), rel=1e-5) and set(parts) <= set(objective.parts)
+    assert not any("lpips" in name or "features" in name for name in objective.model.state_dict())
+    assert train.TrainConfig().lpips_weight == 0.1
+    assert train.configure({"preset": "released"}, "augvae_ml", train.TrainConfig)[0].loss == "lpips_l2"
+
+
+def test_weights_of_lpips_come_from_a_file_the_cache_or_a_checked_download(tmp_path, monkeypatch):
+    vgg, weights = lpips_files(tmp_path)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    cache, asked = tmp_path / "hub" / "checkpoints", []
+
+    def offline(url, *_, **__):
+        asked.append(url)
+        raise urllib.error.URLError("no network")
+
+    with monkeypatch.context() as without_network:
+        without_network.setattr(torch.hub, "download_url_to_file", offline)
+        LPIPS(vgg, weights)
+        train.AugVAEObjective(AugVAE(TINY), train.TrainConfig())
+        assert not asked  # nothing is fetched unless it is needed
+        for given, flag, url in ((("", weights), "--vgg_weights", "https://download.pytorch.org/"),
+                                 ((vgg, ""), "--lpips_weights", "https://raw.githubusercontent.com/")):
+            with pytest.raises(OSError, match=re.escape(url)) as info:
+                LPIPS(*given)
+            for part in (flag, str(cache), ".pth", "no network", "--loss l2"):
+                assert part in str(info.value)
+        for name, source in ((augvae.VGG_FILE[0], vgg), (augvae.LPIPS_FILE[0], weights)):
+            cache.mkdir(parents=True, exist_ok=True)
+            os.link(source, cache / name)
+        LPIPS()  # both are in the cache now
+    content = (tmp_path / "lpips.pth").read_bytes()
+    url = (tmp_path / "lpips.pth").as_uri()
+    with pytest.raises(OSError, match="hash"):
+        augvae.fetched("lpips_weights", "other.pth", "0" * 64, url)
+    assert sorted(os.listdir(cache)) == sorted([augvae.VGG_FILE[0], augvae.LPIPS_FILE[0]])
+    with open(augvae.fetched("lpips_weights", "other.pth", hashlib.sha256(content).hexdigest(), url), "rb") as f:
+        assert f.read() == content
+    for given, message in (((weights, weights), "not torchvision's VGG-16"), ((vgg, vgg), "lin0.model.1.weight")):
+        with pytest.raises(ValueError, match=message):
+            LPIPS(*given)
 
 
 # -----------------------------------------------------------------------------
@@ -1337,17 +1681,233 @@ def test_coco_data_through_all_stages(tmp_path, inception):
     assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0 and scores["fid"] > 0 and scores["rfid"] > 0
 
 
-def test_two_ranks_train_alike_and_keep_one_codebook(tmp_path):
-    out = tmp_path / "out"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    run(*torchrun, *MINIATURE, "--out_dir", out, "--batch_size=2", "--device=cpu")
-    alone = tmp_path / "alone"
-    python("train.py", *MINIATURE, "--out_dir", alone, "--stage=augvae_ml", "--batch_size=4")
-    together, single = (train.load_checkpoint(d / "augvae_ml.pt", "augvae_ml")["model"] for d in (out, alone))
-    for name, value in together.items():
-        assert torch.allclose(value.float(), single[name].float(), atol=1e-5), name
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def losses(out, stage):
+    return {r["step"]: r["loss"] for r in rows(out / f"{stage}.csv")}
+
+
+def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    given = [*MINIATURE, "--device=cpu", "--max_iters=5", "--dropout=0"]
+    run(*TORCHRUN, "train.py", *given, "--out_dir", out, "--batch_size=2")
+    alone.mkdir()
+    for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):
+        if before:  # both from the very same model
+            shutil.copy(out / before, alone)
+        python("train.py", *given, "--out_dir", alone, f"--stage={stage}", "--batch_size=4", "--overwrite")
+        together, single = (train.load_checkpoint(d / f"{stage}.pt", stage) for d in (out, alone))
+        assert together["samples"] == single["samples"] == 20
+        for name, value in together["model"].items():
+            assert torch.allclose(value.float(), single["model"][name].float(), atol=1e-5), (stage, name)
+        for ours, theirs in zip(losses(out, stage).values(), losses(alone, stage).values()):
+            assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
+
+
+def test_ranks_keep_one_codebook_bit_for_bit(tmp_path):
+    (tmp_path / "job.py").write_text(f"""
+import sys; sys.path.insert(0, {HERE!r})
+import torch, torch.distributed as dist
+from augvae import Codebook, AugVAEConfig
+dist.init_process_group("gloo")
+book = Codebook(AugVAEConfig(codebook_size=64, codebook_dim=4))
+with torch.random.fork_rng():
+    torch.manual_seed(0)
+    book.weight.normal_()
+torch.manual_seed(dist.get_rank())
+for step in range(50):
+    for _ in range(2):
+        z = torch.randn(3, 4, 5, 5) * (1 + dist.get_rank())
+        book.collect(z, book(z)[1])
+    book.update()
+books = [torch.empty_like(book.weight) for _ in range(2)]
+dist.all_gather(books, book.weight)
+print("equal" if torch.equal(*books) and book.cluster_size.sum() > 0 else "drifted apart", flush=True)
+""")
+    printed = run(*TORCHRUN, tmp_path / "job.py")
+    assert printed.count("equal") == 2 and "drifted" not in printed
+
+
+def test_accumulated_gradients_are_those_of_the_whole_batch(finished, tmp_path):
+    out, _ = finished
+    for name, batch in (("whole", 8), ("parts", 4)):
+        shutil.copytree(out, tmp_path / name)
+        python("train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--overwrite", "--batch_size", batch,
+               "--gradient_accumulation_steps", 8 // batch)
+    whole, parts = (losses(tmp_path / name, "biart") for name in ("whole", "parts"))
+    for step, loss in whole.items():
+        assert float(loss) == pytest.approx(float(parts[step]), rel=1e-4)
+
+
+def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_path):
+    out, _ = finished
+
+    def biart(name, launcher, *given):
+        if not (tmp_path / name).exists():
+            shutil.copytree(out, tmp_path / name)
+        run(*launcher, "train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--device=cpu",
+            "--optimizer=adamw", "--learning_rate=1e-2", *given)
+        return list(map(float, losses(tmp_path / name, "biart").values()))
+
+    plain = biart("plain", [sys.executable], "--overwrite")
+    assert biart("again", [sys.executable], "--overwrite", "--checkpoint_activations") == plain
+    if importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is None:  # it came with torch 2.6
+        run(sys.executable, "train.py", *MINIATURE, "--out_dir", tmp_path / "again", "--stage=biart", "--shard", ok=False)
+        return
+    two = ["--batch_size=2", "--shard", "--checkpoint_activations"]
+    biart("sharded", TORCHRUN, "--overwrite", "--max_iters=2", "--learning_rate=1e-2", *two)
+    biart("plain2", [sys.executable], "--overwrite", "--max_iters=2", "--learning_rate=1e-2")
+    # a sharded run's checkpoint is an ordinary one: it goes on sharded, or alone
+    shutil.copytree(tmp_path / "sharded", tmp_path / "unsharded")
+    expected = biart("plain2", [sys.executable], "--resume", "--max_iters=4")
+    assert biart("sharded", TORCHRUN, "--resume", "--max_iters=4", *two) == pytest.approx(expected, rel=1e-4)
+    assert biart("unsharded", [sys.executable], "--resume", "--max_iters=4", "--shard=false") == pytest.approx(expected, rel=1e-4)
+
+
+def test_activation_checkpointing_keeps_augvae_losses(finished, tmp_path):
+    out, _ = finished
+    python("train.py", *MINIATURE, "--out_dir", tmp_path / "out", "--stage=augvae_ml", "--checkpoint_activations")
+    assert losses(tmp_path / "out", "augvae_ml") == losses(out, "augvae_ml")
+
+
+def started(*command):
+    return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def test_a_run_killed_at_any_moment_goes_on_exactly(finished, tmp_path):
+    whole, _ = finished
+    out, rng = tmp_path / "out", random.Random(0)
+    for attempt in range(4):
+        process = started(sys.executable, "train.py", *MINIATURE, "--out_dir", out,
+                          *(["--resume"] if any(out.glob("*.pt")) else []))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=rng.uniform(3, 7))
+        process.kill()
+        process.communicate()
+    python("train.py", *MINIATURE, "--out_dir", out, *(["--resume"] if any(out.glob("*.pt")) else []))
     for stage in train.STAGES:
-        assert len(rows(out / f"{stage}.csv")) == 4
+        assert losses(out, stage) == losses(whole, stage)
+        ours, theirs = (train.load_checkpoint(d / f"{stage}.pt", stage)["model"] for d in (out, whole))
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_last_best_and_older_checkpoints(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    assert sorted(p.name for p in out.glob("augvae_ml*.pt")) == ["augvae_ml.pt", "augvae_ml_00000002.pt", "augvae_ml_best.pt"]
+    val = {int(r["step"]): float(r["val_loss"]) for r in rows(out / "augvae_ml.csv") if r["val_loss"]}
+    best = train.load_checkpoint(out / "augvae_ml_best.pt", "augvae_ml")
+    assert best["val_loss"] <= min(val.values()) + 1e-6
+    # steps are numbers, not text, and --keep says how many stay
+    assert list(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [2]
+    for step in range(9, 12):
+        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "step": step + 1}, previous=step, keep=2)
+    assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
+
+
+def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    last = out / "biart.pt"
+    last.write_bytes(last.read_bytes()[:3000])
+    # the settings of the run come from its checkpoint: nothing but --resume need be given
+    printed = python("train.py", "--out_dir", out, "--resume")
+    assert "biart.pt is not a whole checkpoint" in printed and "going back to" in printed and "resuming at step 2" in printed
+    assert losses(out, "biart") == losses(finished[0], "biart")
+    assert train.load_checkpoint(last, "biart")["step"] == 4
+    for path in out.glob("biart*.pt"):
+        path.write_bytes(b"")
+    assert "not a whole checkpoint" in refused("train.py", "--out_dir", out, "--resume", "--stage=biart")
+
+
+def test_a_full_disk_ends_the_run_and_loses_nothing(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
+    blocks = (out / "augvae_ml.pt").stat().st_size // 1024 // 2  # half a checkpoint is all that can be written
+    command = f"ulimit -f {blocks}; exec {sys.executable} train.py --out_dir {out} --resume --max_iters=6 --stage=augvae_ml"
+    printed = run("bash", "-c", command, ok=False)
+    assert "could not be written" in printed and "Traceback" not in printed
+    assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
+    assert not list(out.glob("*.part"))
+    assert "resuming at step 4" in python("train.py", "--out_dir", out, "--resume", "--max_iters=6", "--stage=augvae_ml")
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
+def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, finished, tmp_path):
+    given = [*MINIATURE, "--stage=augvae_sl", "--max_iters=60", "--eval_interval=50", "--device=cpu", "--batch_size=2"]
+    for name in ("whole", "cut"):
+        shutil.copytree(finished[0], tmp_path / name)
+    run(*launcher, "train.py", *given, "--out_dir", tmp_path / "whole", "--overwrite")
+    process = started(*launcher, "train.py", *given, "--out_dir", tmp_path / "cut", "--overwrite")
+    for line in process.stdout:
+        if line.startswith("augvae_sl 10/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    printed, _ = process.communicate(timeout=60)
+    step = train.load_checkpoint(tmp_path / "cut" / "augvae_sl.pt", "augvae_sl")["step"]
+    assert 10 <= step < 60 and f"stopped at step {step}, saved to" in printed and process.returncode not in (0, None)
+    if launcher is not TORCHRUN:
+        assert process.returncode == 128 + signal.SIGTERM
+    run(*launcher, "train.py", "--out_dir", tmp_path / "cut", "--resume")
+    assert losses(tmp_path / "cut", "augvae_sl") == losses(tmp_path / "whole", "augvae_sl")
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with train.Signals() as signals:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)  # the same Ctrl-C, by way of torchrun
+        assert signals.number == signal.SIGINT and not codes
+        signals.at -= 2
+        signal.raise_signal(signal.SIGINT)
+        assert codes == [128 + signal.SIGINT]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypatch):
+    plain, calls = train.AugVAEObjective.forward, []
+
+    def forward(self, images, broken=(2, 3)):
+        loss, parts = plain(self, images)
+        if self.training:
+            calls.append(1)
+            if len(calls) in broken or len(calls) > 6:
+                loss = loss * (torch.nan if len(calls) == 2 else torch.inf)
+        return loss, parts
+
+    monkeypatch.setattr(train.AugVAEObjective, "forward", forward)
+    given = [*MINIATURE, "--stage=augvae_ml", "--out_dir", str(tmp_path)]
+    train.main([*given, "--max_iters=6"])
+    log = rows(tmp_path / "augvae_ml.csv")
+    assert [int(r["skipped"]) for r in log] == [0, 1, 2, 2, 2, 2]
+    assert [math.isfinite(float(r["loss"])) for r in log] == [True, False, False, True, True, True]
+    checkpoint = train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
+    assert checkpoint["model"]["codebook.updates"] == 4  # the codebook did not move in the skipped steps either
+    with pytest.raises(ValueError, match="20 steps in a row.*augvae_ml.pt holds step 13"):
+        train.main([*given, "--resume", "--max_iters=40", "--eval_interval=13"])
+    assert all(v.isfinite().all() for v in train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")["model"].values())
+
+
+def test_a_rank_that_fails_takes_the_job_down(tmp_path):
+    (tmp_path / "job.py").write_text(f"""
+import os, sys; sys.path.insert(0, {HERE!r})
+import train
+plain = train.AugVAEObjective.after_step
+def after_step(self, skipped):
+    if os.environ["RANK"] == "1":
+        raise RuntimeError("rank one has had enough")
+    return plain(self, skipped)
+train.AugVAEObjective.after_step = after_step
+train.main(sys.argv[1:])
+""")
+    printed = run(*TORCHRUN, tmp_path / "job.py", *MINIATURE, "--device=cpu", "--out_dir", tmp_path / "out", "--batch_size=2",
+                  ok=False)  # within run()'s time limit
+    assert "rank one has had enough" in printed
 
 
 def test_settings_are_typed_layered_and_documented():
@@ -1379,6 +1939,95 @@ def test_learning_rate_schedule():
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+
+
+def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10, min_lr=0.02)
+    plateau, rng = train.Plateau(), random.Random(0)
+    config = train.TrainConfig(schedule="plateau", learning_rate=0.5, min_lr=0.02, warmup_iters=0)
+    for step in range(400):
+        loss = 1 / (1 + min(step, 150) / 9) + rng.choice([0, 0, 0.3, 1e-6])
+        plateau.step(loss)
+        reference.step(loss)
+        assert train.learning_rate_at(step, config, plateau.factor) == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert plateau.factor < 0.1
+    original, = train.configure({"preset": "original"}, "augvae_sl", train.TrainConfig)
+    assert (original.learning_rate, original.scale_lr, original.schedule, original.warmup_iters, original.grad_clip,
+            original.weight_decay, original.beta1, original.beta2) == (4.5e-6, True, "plateau", 0, 0, 1e-5, 0.9, 0.999)
+    assert train.configure({"preset": "original"}, "biart", train.TrainConfig)[0].schedule == "cosine"
+    # a run that is resumed in the middle knows of the plateau what one in a piece knows
+    monkeypatch.setattr(train.Plateau, "step", lambda self, loss: train.Plateau.__init__(
+        self, self.factor / 2, loss, self.bad + 1, self.cooldown + 1))
+    flags = [*MINIATURE, "--stage=augvae_ml", "--schedule=plateau", "--learning_rate=1e-4", "--scale_lr", "--warmup_iters=0",
+             "--gradient_accumulation_steps=2", "--min_lr=0"]
+    train.main([*flags, "--out_dir", str(tmp_path / "whole")])
+    train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--max_iters=2"])
+    train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--resume"])
+    whole, halves = (train.load_checkpoint(tmp_path / name / "augvae_ml.pt", "augvae_ml") for name in ("whole", "halves"))
+    assert whole["plateau"] == halves["plateau"] and whole["plateau"]["bad"] == 3
+    rates = [float(row["lr"]) for row in rows(tmp_path / "whole" / "augvae_ml.csv")]
+    assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == [float(r["lr"]) for r in rows(tmp_path / "halves" / "augvae_ml.csv")]
+
+
+def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
+    ml, sl = released_file(tmp_path / "ml.ckpt", RELEASED), released_file(tmp_path / "sl.ckpt", RELEASED, 8)
+    vocabulary, picture = str(tmp_path / "words.json"), str(tmp_path / "scene.png")
+    Tokenizer.train(data.Scenes("train", 9).captions(3), 300).save(vocabulary)
+    data.Scenes("val", 1).image(0).save(picture)
+
+    def go(name, *arguments):
+        train.main(["--out_dir", str(tmp_path / name), "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_scenes=8",
+                    "--batch_size=4", "--max_iters=1", "--eval_interval=1", "--eval_images=4", *arguments])
+        return tmp_path / name
+
+    def paint(out, *arguments):
+        sample_module.main(["--out_dir", str(out), "--n=1", "--prompt", "a red circle", *arguments])
+
+    kept = go("ml", "--stage=augvae_ml", "--init_from", ml, "--max_iters=0") / "augvae_ml.pt"
+    assert train.fingerprint(train.load_augvae(kept)) == train.fingerprint(AugVAE.from_released(ml))
+    cut = train.load_augvae(go("cut", "--stage=augvae_sl", "--init_from", str(kept), "--token_grid=4") / "augvae_sl.pt")
+    assert cut.config.grids == (4,)
+    out = go("both", "--stage=all", "--init_from", ml, "--token_grid=8", "--tokenizer", vocabulary)  # ml alone starts there
+    assert train.load_checkpoint(out / "augvae_sl.pt", "augvae_sl")["config"]["single_level"] == 8
+    assert train.fingerprint(train.load_augvae(out / "augvae_ml.pt")) != train.fingerprint(AugVAE.from_released(ml))
+    paint(out)
+    out = go("biart", "--stage=biart", "--init_from", sl, "--tokenizer", vocabulary)
+    assert Tokenizer.load(out / "tokenizer.json").fingerprint() == Tokenizer.load(vocabulary).fingerprint()
+    paint(out, "--vae", sl)
+    assert Image.open(out / "painted_0.png").size == (32, 32)
+    with pytest.raises(ValueError, match="another augvae than the one in .*augvae_sl.pt"):
+        paint(out, "--vae", str(tmp_path / "cut" / "augvae_sl.pt"))
+    with pytest.raises(ValueError, match="no checkpoint"):
+        paint(out)
+    for path in (ml, sl, str(kept)):
+        sample_module.main(["--out_dir", str(tmp_path / "new"), "--vae", path, "--reconstruct", picture])
+    assert "reconstructed.png" in capsys.readouterr().out
+    torch.save({"state_dict": Payload()}, tmp_path / "bad.ckpt")
+    for message, *arguments in (
+            ("BiART needs AugVAE-SL", "--stage=biart", "--init_from", ml), ("is AugVAE-SL", "--stage=augvae_ml", "--init_from", sl),
+            ("--hidden 8 contradicts", "--init_from", ml, "--hidden=8"), ("--token_grid 4 contra", "--stage=augvae_sl",
+             "--init_from", sl, "--token_grid=4"), ("asks to run", "--init_from", str(tmp_path / "bad.ckpt")),
+            ("of biart, not of an AugVAE", "--init_from", str(out / "biart.pt")), ("no file", "--init_from=absent"),
+            ("none of: cosine, plateau", "--schedule=linear"), ("none of: square, picture", "--crop_of=circle"),
+            ("absent as a tokenizer", "--stage=biart", "--init_from", sl, "--tokenizer=absent")):
+        with pytest.raises(ValueError, match=message):
+            go("refused", *arguments)
+    other = str(tmp_path / "other.json")
+    Tokenizer.train(["another text altogether"], 300).save(other)
+    with pytest.raises(ValueError, match="contradicts .*tokenizer.json"):
+        go("biart", "--stage=biart", "--init_from", sl, "--tokenizer", other, "--resume", "--max_iters=2")
+    assert "asks to run" in refused("sample.py", "--out_dir", out, "--vae", tmp_path / "bad.ckpt", "--prompt", "x")
+
+
+def test_a_run_with_clips_vocabulary(finished, tmp_path):
+    tok_clip()
+    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
+    flags = [*MINIATURE, "--stage=biart", "--init_from", str(finished[0] / "augvae_sl.pt"), "--tokenizer", path, "--max_iters=1"]
+    train.main([*flags, "--out_dir", str(tmp_path)])
+    sample_module.main(["--out_dir", str(tmp_path), "--vae", str(finished[0] / "augvae_sl.pt"), "--n=2"])
+    assert train.load_checkpoint(tmp_path / "biart.pt", "biart")["config"]["text_vocab"] == 49408
 
 
 def refused(*command):

@@ -301,11 +301,12 @@ class Tokenizer:
         """
         Exactly `length` >= 1 ids, and whether the text had to be cut: text, end token, then pad tokens.
         A text that is too long is cut, not its end token: [257, 258, 101, 114] in 4 -> [257, 258, 101, end]
+        What spells out one of CLIP's special tokens is left out, so that the first end token is the end.
         Raises ValueError if length is below 1.
         """
         if length < 1:
             raise ValueError(f"length is {length} but must be at least 1, for the end token")
-        ids = self.encode(text)
+        ids = [i for i in self.encode(text) if i not in (self.end, self.pad)]
         was_cut = len(ids) > length - 1
         ids = ids[:length - 1] + [self.end]
         return ids + [self.pad] * (length - len(ids)), was_cut
@@ -337,12 +338,19 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path) -> "Tokenizer":
-        """ Reads what save wrote. Raises ValueError if the file is missing, damaged, or something else. """
+        """
+        Reads what save wrote, or CLIP's merge list, which is gzipped.
+        Raises ValueError if the file is missing, damaged, or something else.
+        """
         try:
-            with open(path, encoding="utf-8") as f:
-                data = json.load(f)
+            with open(path, "rb") as f:
+                content = f.read()
+            packed = content.startswith(b"\x1f\x8b")  # gzip
+            data = None if packed else json.loads(content)
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read {path} as a tokenizer file ({error})") from error
+        if packed:
+            return cls.from_clip(path)
         if not isinstance(data, dict) or data.get("format") != FILE_FORMAT:
             raise ValueError(f"{path} is JSON but not a tokenizer file")
         kind, merges = data.get("kind"), data.get("merges")

@@ -19,12 +19,17 @@ import contextlib
 import csv
 import dataclasses
 import difflib
+import functools
+import glob
 import hashlib
 import inspect
+import io
 import math
 import os
 import random
 import re
+import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -37,8 +42,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import data
-from augvae import AugVAE, AugVAEConfig
-from biart import BiART, BiARTConfig
+from augvae import LPIPS, AugVAE, AugVAEConfig, ResBlock, from_lightning, read_plain
+from biart import BiART, BiARTConfig, Block
 from data import DataConfig
 from tokenizer import Tokenizer
 
@@ -48,28 +53,38 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 @dataclass
 class TrainConfig:
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, minutes on a CPU), small (64 px pictures), released (256 px, GPUs)
+    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64 px), released (256 px), original (trained as in the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
     seed: int = 1337  # of initial weights, order and crops
     batch_size: int = 8  # images per rank and micro-step
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
+    init_from: str = ""  # AugVAE that this run's first stage begins with: our checkpoint or a released one
     max_iters: int = 100000  # optimizer steps of a stage
     learning_rate: float = 1e-4  # after warm-up
-    min_lr: float = 1e-6  # at the end of the cosine decay
+    scale_lr: bool = False  # multiply learning_rate by the number of images in a step
+    schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
+    min_lr: float = 1e-6  # at the end of the schedule
     warmup_iters: int = 100  # steps of linear warm-up
     weight_decay: float = 1e-5  # on weights of two and more dimensions
     optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for the matrices inside layers, AdamW for the rest
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
-    loss: str = "l2"  # AugVAE's pixel loss: l2 or l1
+    checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass instead of keeping them
+    shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
+    loss: str = "l2"  # AugVAE's loss between images: l2, l1, or either with LPIPS: lpips_l2, lpips_l1
+    lpips_weight: float = 0.1  # of LPIPS in that
+    vgg_weights: str = ""  # torchvision's VGG-16, for LPIPS; empty: from the torch hub cache, or a download
+    lpips_weights: str = ""  # LPIPS's own weights for VGG-16; empty: as above
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
     vocab_size: int = 8192  # largest text vocabulary to train
+    tokenizer: str = ""  # vocabulary to use instead of training one: tokenizer.json or CLIP's .txt.gz
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
+    keep: int = 1  # older checkpoints kept beside the last and the best
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
@@ -83,28 +98,48 @@ PRESETS = {
              "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 900, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
         "biart": {"batch_size": 32, "max_iters": 3200, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
                   "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 500, "log_interval": 50},
     },
     "small": {
-        "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 32, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.001, "token_grid": 8,
-             "n_layer": 6, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
+        "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
+             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003, "token_grid": 16,
+             "n_layer": 4, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
              "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 400, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 1800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 2e-3, "min_lr": 2e-5, "weight_decay": 0.1,
+        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 700, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
+        "biart": {"batch_size": 32, "max_iters": 700, "learning_rate": 3e-3, "min_lr": 3e-5, "weight_decay": 0.1,
                   "optimizer": "muon"},
     },
     "released": {
-        "": {"vocab_size": 49408, "warmup_iters": 2000},
+        "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
         "augvae_ml": {"batch_size": 4, "max_iters": 300000},
         "augvae_sl": {"batch_size": 8, "max_iters": 100000},
         "biart": {"batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5, "weight_decay": 0.1,
                   "beta2": 0.95},
     },
 }
+
+# How the release trains AugVAE, and what all other presets do instead:
+#
+#   the release                                       instead, and why
+#   learning rate 4.5e-6 times the images of a step   given as it is used: Adam's steps do not grow with the batch
+#   no warm-up                                        linear: Adam's first averages are of few batches, and a young
+#                                                     codebook cannot follow an encoder in big steps
+#   halved, down to 1e-6, when the loss (of an        cosine: reaches its end at max_iters, whatever eval_interval
+#     epoch's last batch) has not fallen 10 times       is, and depends on no comparison of noisy numbers
+#   crops: 0.75 to 1 times the picture's area         times the centre square's: in a 4:3 picture no square of more
+#                                                     than 0.75 times its area has room, so that all stay one size
+#   gradients as they are                             clipped to norm 1: one bad batch does not undo a thousand
+#   weight decay 1e-5 on all parameters               not on biases and norms, which it would only pull to zero
+#
+# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation loss at
+# every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no difference worth an option.
+ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau", "min_lr": 1e-6,
+            "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
+PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][stage], **ORIGINAL}
+                                                 for stage in ("augvae_ml", "augvae_sl")}}
 
 
 # -----------------------------------------------------------------------------
@@ -172,17 +207,64 @@ def configure(given, stage, *classes):
 # -----------------------------------------------------------------------------
 # Checkpoints
 
-def save_checkpoint(path, checkpoint):
-    """Write a dict of tensors and plain values; the file appears whole or not at all."""
+def write_whole(path, write, aside=None):
+    """
+    Call write(file) on a temporary file beside path, then rename it: path appears whole or stays as it was. `aside` is
+    the name that the present file at path, if it is to be kept, takes at the last moment.
+    """
     part = f"{path}.part"
     try:
         with open(part, "wb") as f:
-            torch.save(checkpoint, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
-    except (OSError, RuntimeError) as e:
+        if aside:
+            os.replace(path, aside)
+        os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(part)
         raise OSError(f"{path} could not be written ({e}); what was there before is untouched") from None
-    os.replace(part, path)
+
+
+def older_checkpoints(path):
+    """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
+    stem = path.removesuffix(".pt")
+    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name) for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
+    return {int(match[1]): match[0] for match in found if match}
+
+
+def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
+    """
+    Write a dict of tensors and plain values. `previous`, the step that the file at path holds, moves to a name of its
+    own first, so that at every moment a whole checkpoint is there; `keep` of those stay. The best is copied aside.
+    """
+    stem = path.removesuffix(".pt")
+    write_whole(path, lambda f: torch.save(checkpoint, f), None if previous is None else f"{stem}_{previous:08d}.pt")
+    if best:
+        with open(path, "rb") as f:
+            write_whole(f"{stem}_best.pt", lambda to: shutil.copyfileobj(f, to))
+    for _, old in sorted(older_checkpoints(path).items(), reverse=True)[keep:]:
+        os.remove(old)
+
+
+def last_checkpoint(path, stage, say=print):
+    """
+    The newest checkpoint of a stage that can be read, and whether it is the one at path; (None, False) where there is
+    none at all. Says which it had to pass over.
+    """
+    older = [old for _, old in sorted(older_checkpoints(path).items(), reverse=True)]
+    there = [p for p in (path, *older) if os.path.exists(p)]
+    for i, candidate in enumerate(there):
+        try:
+            checkpoint = load_checkpoint(candidate, stage)
+        except ValueError as e:
+            if i + 1 == len(there):
+                raise
+            say(f"warning: {e}; going back to {there[i + 1]}")
+        else:
+            return checkpoint, candidate == path
+    return None, False
 
 
 def load_checkpoint(path, stage):
@@ -190,13 +272,10 @@ def load_checkpoint(path, stage):
     The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
     Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it") from None
-    except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
-        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})") from None
-    if not isinstance(checkpoint, dict) or "stage" not in checkpoint:
+    if not os.path.exists(path):
+        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
+    checkpoint = read_plain(path)
+    if "stage" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if checkpoint["stage"] != stage:
         raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
@@ -208,6 +287,20 @@ def restore(cls, config_cls, checkpoint):
     model = cls(config_cls(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
     return model.eval()
+
+
+def load_augvae(path):
+    """
+    The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
+    Raises ValueError where it is neither.
+    """
+    checkpoint = read_plain(path)
+    if "state_dict" in checkpoint:  # Lightning's name
+        return from_lightning(AugVAE, checkpoint, path)
+    stage = checkpoint.get("stage", "something else")
+    if stage not in ("augvae_ml", "augvae_sl"):
+        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
+    return restore(AugVAE, AugVAEConfig, checkpoint)
 
 
 def fingerprint(model):
@@ -240,16 +333,34 @@ class Context:
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if dtype == "auto":
-            if self.device.type == "cuda":
-                dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
-            else:  # autocast's casts cost a small model more than its products gain
-                dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
-        if dtype not in ("float32", "bfloat16", "float16"):
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"--dtype {dtype!r} is none of: auto, float32, bfloat16, float16")
         if dtype == "float16" and self.device.type == "cpu":
             raise ValueError("--dtype float16 needs a GPU: on a CPU it is float32 or bfloat16")
+        if dtype == "auto":
+            if self.device.type == "cuda":
+                dtype = "bfloat16" if self.can(self.multiply_bfloat16) else "float16"
+            else:  # autocast's casts cost a small model more than its products gain
+                dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
         self.dtype = getattr(torch, dtype)
+
+    def can(self, trial):
+        """Whether something works here, found out by doing it: CUDA-like builds differ in what they lack."""
+        try:
+            trial()
+        except (RuntimeError, TypeError, ValueError, NotImplementedError):
+            return False
+        return True
+
+    def multiply_bfloat16(self):
+        x = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
+        if (x @ x)[0, 0].item() != 16 or not torch.cuda.is_bf16_supported():
+            raise RuntimeError("no bfloat16, or emulated")
+
+    def step_fused(self):
+        p = torch.ones(1, device=self.device, requires_grad=True)
+        p.grad = torch.ones_like(p)
+        torch.optim.AdamW([p], fused=True).step()
 
     def scaler(self):
         """Loss scaling, which float16 needs; it does nothing for other types."""
@@ -269,6 +380,24 @@ class Context:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, value):
+        """What every rank has, as a list; values are small and picklable."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def random_state(self):
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+    def restore_random_state(self, states):
+        """Go on with this rank's own; a rank that the saved run did not have keeps what its seed gave it."""
+        if self.rank < len(states):
+            torch.set_rng_state(states[self.rank]["cpu"])
+            if self.device.type == "cuda" and states[self.rank]["cuda"] is not None:
+                torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)
+
     def say(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
@@ -286,23 +415,34 @@ def cpu_flags():
 # Stages: what the one loop below trains
 
 class AugVAEObjective(nn.Module):
-    """Pixel loss + commitment. forward((images,)) -> loss, {part: value}."""
-    parts = ("pixel", "commit", "codebook_use", "perplexity")
+    """Pixel loss + LPIPS, if asked for, + commitment. forward((images,)) -> loss, {part: value}."""
     copies = 1  # of a sample in a validation batch
 
-    def __init__(self, vae, loss):
+    def __init__(self, vae, config):
         super().__init__()
-        losses = {"l2": F.mse_loss, "l1": F.l1_loss}
-        if loss not in losses:
-            raise ValueError(f"--loss {loss!r} is none of: {', '.join(losses)}")
-        self.model, self.pixel_loss = vae, losses[loss]
+        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether LPIPS is added
+                  "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
+        if config.loss not in losses:
+            raise ValueError(f"--loss {config.loss!r} is none of: {', '.join(losses)}")
+        pixel_loss, perceptual = losses[config.loss]
+        self.model = vae
+        self.terms = {"pixel": (1.0, pixel_loss)}  # weight and loss
+        if perceptual:
+            self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # outside of what checkpoints hold
+            self.terms["lpips"] = (config.lpips_weight, self.lpips)
+        self.parts = (*self.terms, "commit", "codebook_use", "perplexity")
 
     def forward(self, images):
         reconstruction, commitment, _ = self.model(images, collect=self.training)
-        pixel = self.pixel_loss(reconstruction.float(), images)
-        return pixel + commitment, {"pixel": pixel.detach(), "commit": commitment.detach()}
+        parts = {name: loss(reconstruction.float(), images).mean() for name, (_, loss) in self.terms.items()}
+        loss = sum(weight * parts[name] for name, (weight, _) in self.terms.items()) + commitment
+        return loss, {name: value.detach() for name, value in (*parts.items(), ("commit", commitment))}
 
-    def after_step(self):
+    def after_step(self, skipped):
+        """The codebook's own step, from what the forward passes collected; a skipped step drops that."""
+        if skipped:
+            self.model.codebook.pending = None
+            return {}
         use, perplexity = self.model.codebook.update()
         return {"codebook_use": use, "perplexity": perplexity}
 
@@ -325,7 +465,7 @@ class BiARTObjective(nn.Module):
     def forward(self, text, image, null):
         return self.model(text, image, null if self.training else None)
 
-    def after_step(self):
+    def after_step(self, skipped):
         return {}
 
     def picture(self, text, image, null):
@@ -341,35 +481,60 @@ class BiARTObjective(nn.Module):
 
 
 def read_augvae(name, given):
-    """The AugVAE that an earlier stage left in out_dir. Raises ValueError where it contradicts what was asked for."""
-    path = os.path.join(configure(given, name, TrainConfig)[0].out_dir, f"{name}.pt")
-    checkpoint = load_checkpoint(path, name)
-    for key, value in checkpoint["config"].items():
+    """
+    The AugVAE of --init_from, or else the one that the stage of that name left in out_dir.
+    Raises ValueError where it contradicts what was asked for.
+    """
+    config = configure(given, name, TrainConfig)[0]
+    path = config.init_from or os.path.join(config.out_dir, f"{name}.pt")
+    if config.init_from:
+        vae = load_augvae(path)
+    else:
+        vae = restore(AugVAE, AugVAEConfig, load_checkpoint(path, name))
+    has = dataclasses.asdict(vae.config)
+    if vae.config.single_level:
+        has["token_grid"] = vae.config.single_level
+    for key, value in has.items():
         if given.get(key, value) != value:
             raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
-    return restore(AugVAE, AugVAEConfig, checkpoint)
+    return vae
 
 
 def prepare_augvae(stage, given, train_data, val_data, _context):
     """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
-    if stage == "augvae_ml":
+    if stage == "augvae_ml" and not config.init_from:
         vae = AugVAE(vae_config)
     else:
-        vae = read_augvae("augvae_ml", given).single_level(config.token_grid)
-    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale) for d in (train_data, val_data)]
-    return AugVAEObjective(vae, config.loss), *views, {}
+        vae = read_augvae("augvae_ml", given)
+    if stage == "augvae_ml" and vae.config.single_level:
+        raise ValueError(f"{config.init_from} is AugVAE-SL, of which no AugVAE-ML can be made: "
+                         "--stage augvae_sl trains it, --stage biart uses it")
+    if stage == "augvae_sl" and not vae.config.single_level:
+        vae = vae.single_level(config.token_grid)
+    views = [data.Pixels(d, vae.config.image_size, data_config.crop_scale, data_config.crop_of)
+             for d in (train_data, val_data)]
+    return AugVAEObjective(vae, config), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
-    """As prepare_augvae: trains (or, with --resume, reads) the tokenizer, and encodes both data sets, once."""
+    """As prepare_augvae: trains the tokenizer (or, with --resume or --tokenizer, reads it), encodes both data sets."""
     config, biart_config = configure(given, stage, TrainConfig, BiARTConfig)
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
+    if not vae.config.single_level:
+        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: --stage augvae_sl makes it of that")
     path = os.path.join(config.out_dir, "tokenizer.json")
+    given_tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
         tokenizer = Tokenizer.load(path)
+        if given_tokenizer and given_tokenizer.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, which the run began with")
+    elif given_tokenizer:
+        tokenizer = given_tokenizer
+        if context.rank == 0:
+            tokenizer.save(path)
     else:
         began = time.time()
         texts = [c for i in range(len(train_data)) for c in train_data.captions(i)]
@@ -402,12 +567,34 @@ def prepare_biart(stage, given, train_data, val_data, context):
 # -----------------------------------------------------------------------------
 # The loop
 
-def learning_rate_at(step, config):
-    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters."""
+def learning_rate_at(step, config, factor=1.0):
+    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters, or a Plateau's factor."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
+    if config.schedule == "plateau":
+        return max(config.min_lr, config.learning_rate * factor)
     share = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+@dataclass
+class Plateau:
+    """
+    Halves `factor` after more than 10 losses in a row that were no new best, by 1 in 10,000; then 10 do not count.
+    Like torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), in plain numbers.
+    """
+    factor: float = 1.0
+    best: float = math.inf
+    bad: int = 0
+    cooldown: int = 0
+
+    def step(self, loss):
+        better = loss < self.best * (1 - 1e-4)
+        self.best = loss if better else self.best
+        self.bad = 0 if better or self.cooldown else self.bad + 1
+        self.cooldown = max(0, self.cooldown - 1)
+        if self.bad > 10:
+            self.factor, self.bad, self.cooldown = self.factor / 2, 0, 10
 
 
 def orthogonalise(matrix, steps=5):
@@ -435,7 +622,10 @@ class Muon(torch.optim.AdamW):
             for p in group["params"] if group["orthogonal"] else ():
                 if p.grad is None:
                     continue
-                average = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                state = self.state[p]
+                if not state:  # "step" is there for AdamW's loading of states, which asks for it
+                    state.update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+                average = state["momentum"]
                 average.mul_(self.momentum).add_(p.grad)
                 update = orthogonalise((p.grad + self.momentum * average).flatten(1)).view_as(p)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -456,24 +646,97 @@ def make_optimizer(model, config, context):
               {"params": rest, "weight_decay": 0.0, "orthogonal": False}]
     context.say("{:,} parameters with orthogonal steps, {:,} others with weight decay, {:,} without".format(
         *(sum(p.numel() for p in group["params"]) for group in groups)))
-    fused = {"fused": True} if context.device.type == "cuda" else {}
+    fused = {"fused": True} if context.device.type == "cuda" and context.can(context.step_fused) else {}
     return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
 
 
+def checkpoint_activations(model):
+    """Blocks keep their input alone and run once more in the backward pass: much less memory for a third more time."""
+    for module in model.modules():
+        if isinstance(module, (Block, ResBlock)):
+            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
+
+
+def shard(model):
+    """Spread a BiART over all ranks, block by block. Raises ValueError where torch has no fully_shard."""
+    try:
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+    except ImportError:
+        raise ValueError(f"--shard needs torch 2.6 or newer, this is {torch.__version__}") from None
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    register_fsdp_forward_method(model, "generate")
+
+
+def whole(tree):
+    """A state dict with every sharded tensor put together; all ranks must ask for it."""
+    if isinstance(tree, dict):
+        return {key: whole(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [whole(value) for value in tree]
+    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+
+
+def load_optimizer(optimizer, state):
+    """Load whole()'s state dict, cutting up again what belongs to a sharded parameter."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        if hasattr(params[i], "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            for key, value in values.items():
+                if value.shape == params[i].shape:
+                    values[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
+    optimizer.load_state_dict(state)
+
+
+class Stopped(Exception):
+    """A signal asked for the end; args: what to say, the signal's number."""
+
+
+class Signals:
+    """
+    SIGTERM and SIGINT while training: the first lets the loop finish its step and save, a second ends the process at once.
+    """
+
+    def __enter__(self):
+        self.number, self.at = 0, 0.0
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def catch(self, number, _frame):
+        # A Ctrl-C reaches each rank from the terminal and again from torchrun: what comes within a second is one signal.
+        if self.number and time.monotonic() - self.at > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.at = number, time.monotonic()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
 def train(stage, given):
-    """Run one stage from its beginning, or, with --resume, from its checkpoint, to max_iters."""
+    """Run one stage from its beginning, or, with --resume, from its last good checkpoint, to max_iters."""
     config, data_config, vae_config, biart_config = configure(
         given, stage, TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
     if config.optimizer not in ("adamw", "muon"):
         raise ValueError(f"--optimizer {config.optimizer!r} is none of: adamw, muon")
-    path = os.path.join(config.out_dir, f"{stage}.pt")
-    saved = load_checkpoint(path, stage) if config.resume and os.path.exists(path) else None
+    if config.schedule not in ("cosine", "plateau"):
+        raise ValueError(f"--schedule {config.schedule!r} is none of: cosine, plateau")
+    sharded = config.shard and stage == "biart"
+    if sharded and config.optimizer == "muon":
+        raise ValueError("--shard goes with --optimizer adamw: muon needs whole matrices")
     wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
     context = Context(config.device, config.dtype, wide)
-    os.makedirs(config.out_dir, exist_ok=True)
+    if config.scale_lr:
+        config.learning_rate *= context.world * config.batch_size * config.gradient_accumulation_steps
+    path = os.path.join(config.out_dir, f"{stage}.pt")
+    saved, newest = last_checkpoint(path, stage, context.say) if config.resume else (None, False)
     if saved and saved["step"] >= config.max_iters:
         context.say(f"{stage}: done already, {saved['step']} steps")
         return
+    os.makedirs(config.out_dir, exist_ok=True)
 
     datasets = [data.open_data(data_config, split) for split in ("train", "val")]
     datasets[1] = data.spread(datasets[1], config.eval_images)
@@ -483,31 +746,41 @@ def train(stage, given):
     prepare = prepare_biart if stage == "biart" else prepare_augvae
     objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
     model = objective.model
-    objective.to(context.device)
-    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
-                f"training images, {context.world} x {config.batch_size} x {config.gradient_accumulation_steps} images "
-                f"a step, {context.device}, {str(context.dtype)[6:]}")
-    optimizer = make_optimizer(model, config, context)
-    scaler = context.scaler()
-    torch.manual_seed(config.seed + context.rank)
-    start = 0
-    if saved:
-        for key, value in surroundings.items():
-            if saved[key] != value:
-                raise ValueError(f"{path} belongs to another {key} than the one in {config.out_dir}")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        torch.set_rng_state(saved["rng"])
-        start = saved["step"]
-        context.say(f"resuming at step {start}")
-    wrapped = torch.compile(objective) if config.compile else objective
-    if context.world > 1:
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-
     micro = config.gradient_accumulation_steps
-    loader = data.batches(train_view, config.batch_size, config.seed, start * micro, context.rank, context.world,
-                          data_config.workers)
+    samples_per_step = context.world * config.batch_size * micro
+    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
+                f"training images, {context.world} x {config.batch_size} x {micro} images a step, {context.device}, "
+                f"{str(context.dtype)[6:]}")
+    start, samples, val_loss = 0, 0, None
+    on_disk = None  # the step of the checkpoint at path, where it is whole and of this run
+    tally = {"loss": 0.0, "loss_max": 0.0, "grad_norm": 0.0, "skipped": 0, "in_a_row": 0, "best": math.inf, "parts": {}}
+    if saved:
+        for key, value in {**surroundings, "config": dataclasses.asdict(model.config)}.items():
+            if saved[key] != value:
+                raise ValueError(f"{path} belongs to another {key} ({saved[key]}) than the present one ({value})")
+        model.load_state_dict(saved["model"])
+        start, samples, val_loss, tally = saved["step"], saved["samples"], saved["val_loss"], saved["tally"]
+        on_disk = start if newest else None
+        context.say(f"resuming at step {start}")
+        if len(saved["random"]) != context.world or saved["samples_per_step"] != samples_per_step:
+            context.say(f"from now on {context.world} ranks instead of {len(saved['random'])}, {samples_per_step} images a "
+                        f"step instead of {saved['samples_per_step']}; the order of the data goes on where it was")
+    objective.to(context.device)
+    if config.checkpoint_activations:
+        checkpoint_activations(model)
+    if sharded:
+        shard(model)
+    optimizer, plateau, scaler = make_optimizer(model, config, context), Plateau(), context.scaler()
+    torch.manual_seed(config.seed + context.rank)
+    if saved:
+        load_optimizer(optimizer, saved["optimizer"])
+        scaler.load_state_dict(saved["scaler"])
+        plateau = Plateau(**saved["plateau"])
+        context.restore_random_state(saved["random"])
+    del saved
+    wrapped = torch.compile(objective) if config.compile else objective
+    if context.world > 1 and not sharded:
+        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
 
     def to_device(batch):
         return [x.to(context.device, non_blocking=True) for x in batch]
@@ -526,62 +799,92 @@ def train(stage, given):
                 loss, _ = objective(*to_device(batch))
             total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * len(batch[0])
         total = context.sum(total)
+        with context.autocast():
+            picture = objective.picture(*to_device(val_batches[0]))  # on all ranks: a sharded model needs them all
         if context.rank == 0:
-            with context.autocast():
-                picture = objective.picture(*to_device(val_batches[0]))
             picture.save(os.path.join(config.out_dir, f"{stage}_{step:06d}.png"))
         objective.train()
         return (total[0] / total[1]).item()
 
-    log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
-    objective.train()
-    began, spent, seen, step = time.time(), 0.0, 0, start
-    loss, parts = None, {}  # of the last step
-    while True:
-        lr = learning_rate_at(step, config)
-        evaluating = step % config.eval_interval == 0 or step == config.max_iters
-        evaluating &= step > start or not saved  # a checkpoint that was just read need not be written again
-        val_loss = evaluate() if evaluating else None
-        if step == start:
-            if evaluating:
-                context.say(f"{stage} 0/{config.max_iters} val {val_loss:.4f}")
-        elif context.rank == 0 and (evaluating or step == 1 or step % config.log_interval == 0):
-            parts = {k: float(v) for k, v in parts.items()}
-            log.write(step, float(loss), val_loss, lr, seen / spent, parts)
-            eta = int((time.time() - began) / (step - start) * (config.max_iters - step))
-            print(f"{stage} {step}/{config.max_iters} loss {float(loss):.4f} "
-                  + " ".join(f"{k} {v:.4g}" for k, v in parts.items())
-                  + (f" | val {val_loss:.4f}" if evaluating else "")
-                  + f" | lr {lr:.1e} | {seen / spent:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
-        if evaluating and context.rank == 0:
-            log.draw()
-            save_checkpoint(path, {
-                "stage": stage, "step": step, "config": dataclasses.asdict(model.config), "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
-                "val_loss": val_loss, "settings": dict(given), **surroundings})
-        if step == config.max_iters:
-            break
+    def save():
+        content = {
+            "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step, "val_loss": val_loss,
+            "config": dataclasses.asdict(model.config), "model": whole(model.state_dict()),
+            "optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict(), "tally": tally,
+            "plateau": dataclasses.asdict(plateau),
+            "random": context.gather(context.random_state()), "settings": dict(given), **surroundings}
+        if context.rank == 0:
+            save_checkpoint(path, content, on_disk, config.keep, best=val_loss is not None and val_loss <= tally["best"])
+            for stale in older_checkpoints(path).values() if step == 0 else ():
+                os.remove(stale)  # of another run, over which --overwrite starts this one
+        context.sum(torch.zeros(1, device=context.device))  # no rank goes on to read what is not yet there
 
-        tick = time.time()
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        for i in range(micro):
-            batch = to_device(next(loader))
-            last = i == micro - 1
-            with contextlib.nullcontext() if last or context.world == 1 else wrapped.no_sync():
-                with context.autocast():
-                    loss, parts = wrapped(*batch)
-                scaler.scale(loss / micro).backward()
-        scaler.unscale_(optimizer)
-        if config.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        loss, parts = loss.detach(), {**parts, **objective.after_step()}
-        step += 1
-        spent += time.time() - tick
-        seen += config.batch_size * micro * context.world
+    log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
+    loader = data.batches(train_view, config.batch_size, config.seed, samples, context.rank, context.world,
+                          data_config.workers)
+    objective.train()
+    began, spent, step = time.time(), 0.0, start
+    with Signals() as signals:
+        stopping = 0
+        while True:
+            due = step % config.eval_interval == 0 or step == config.max_iters
+            if due and val_loss is None:
+                val_loss = evaluate()
+                tally["best"] = min(tally["best"], val_loss)
+                plateau.step(val_loss)
+            lr = learning_rate_at(step, config, plateau.factor)
+            if context.rank == 0 and step == 0:
+                print(f"{stage} 0/{config.max_iters} val {val_loss:.4f}", flush=True)
+            elif context.rank == 0 and (due or step == 1 or step % config.log_interval == 0):
+                speed = (step - start) * samples_per_step / spent if spent else 0.0
+                log.write(step, val_loss, lr, speed, tally)
+                eta = int((time.time() - began) / max(1, step - start) * (config.max_iters - step))
+                print(f"{stage} {step}/{config.max_iters} loss {tally['loss']:.4f} "
+                      + " ".join(f"{k} {v:.4g}" for k, v in tally["parts"].items())
+                      + (f" | skipped {tally['skipped']}" if tally["skipped"] else "")
+                      + (f" | val {val_loss:.4f}" if val_loss is not None else "")
+                      + f" | lr {lr:.1e} | {speed:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
+                tally["loss_max"] = 0.0
+            if (due or stopping) and step != on_disk:
+                if context.rank == 0 and due:
+                    log.draw()
+                save()
+                on_disk = step
+            if step == config.max_iters or stopping:
+                break
+
+            tick = time.time()
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            total, parts = 0.0, {}
+            for i in range(micro):
+                batch = to_device(next(loader))
+                last = i == micro - 1 or not isinstance(wrapped, DistributedDataParallel)
+                with contextlib.nullcontext() if last else wrapped.no_sync():
+                    with context.autocast():
+                        loss, parts = wrapped(*batch)
+                    scaler.scale(loss / micro).backward()
+                total = total + loss.detach() / micro
+            scaler.unscale_(optimizer)
+            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
+            # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
+            status = torch.stack([total.float() / context.world, torch.tensor(float(signals.number > 0), device=total.device)])
+            loss, stopping = context.sum(status).tolist()
+            skip = not (math.isfinite(loss) and math.isfinite(norm))
+            if not skip:
+                scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            parts = {k: float(v) for k, v in {**parts, **objective.after_step(skip)}.items()}
+            tally.update(loss=loss, loss_max=max(tally["loss_max"], loss), grad_norm=float(norm), parts=parts,
+                         skipped=tally["skipped"] + skip, in_a_row=tally["in_a_row"] + 1 if skip else 0)
+            step, samples, val_loss = step + 1, samples + samples_per_step, None
+            spent += time.time() - tick
+            if tally["in_a_row"] == 20:
+                raise ValueError(f"20 steps in a row, up to step {step}, gave no finite loss and gradient; {path} holds step "
+                                 f"{on_disk}, from before")
+    if stopping or signals.number:
+        raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there", signals.number or 15)
     context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
 
 
@@ -589,23 +892,28 @@ class Log:
     """{stem}.csv, a row a logged step, and {stem}_loss.png, the curve drawn from it."""
 
     def __init__(self, stem, parts, start):
-        self.stem, self.columns = stem, ["step", "loss", "val_loss", "lr", "images_per_s", *parts]
-        rows = [row for row in self.rows() if int(row["step"]) <= start] if start else []
-        with open(f"{stem}.csv", "w", newline="") as f:
-            writer = csv.DictWriter(f, self.columns)
-            writer.writeheader()
-            writer.writerows(rows)
+        self.stem = stem
+        self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped", *parts]
+        rows = [row for row in self.rows() if int(row["step"]) < start]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(f"{stem}.csv", lambda f: f.write(text.getvalue().encode()))
 
     def rows(self):
         if not os.path.exists(f"{self.stem}.csv"):
             return []
         with open(f"{self.stem}.csv", newline="") as f:
-            return list(csv.DictReader(f))
+            return [row for row in csv.DictReader(f) if row["step"].isdigit()]
 
-    def write(self, step, loss, val_loss, lr, rate, parts):
+    def write(self, step, val_loss, lr, speed, tally):
+        """loss is that of the step itself, loss_max the highest since the row before."""
+        row = [step, f"{tally['loss']:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}", f"{speed:.1f}",
+               f"{tally['loss_max']:.6g}", f"{tally['grad_norm']:.4g}", tally["skipped"]]
+        parts = [f"{tally['parts'][k]:.5g}" if k in tally["parts"] else "" for k in self.columns[len(row):]]
         with open(f"{self.stem}.csv", "a", newline="") as f:
-            csv.writer(f).writerow([step, f"{loss:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}",
-                                    f"{rate:.1f}", *(f"{parts[k]:.5g}" if k in parts else "" for k in self.columns[5:])])
+            csv.writer(f).writerow([*row, *parts])
 
     def draw(self, width=640, height=360, margin=50):
         """Training loss (grey) and validation loss (red) against steps, on a logarithmic scale."""
@@ -651,6 +959,8 @@ def main(argv):
     seen, _ = first.parse_known_args(argv)
     defaults = preset_values(seen.preset, seen.stage)
     given = Parser((TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), defaults, description=__doc__).settings(argv)
+    if given.get("resume"):  # as the run was started, but for what is given now
+        given = {**settings_of(given.get("out_dir", TrainConfig.out_dir)), **given}
     stage = given.get("stage", "all")
     if stage not in (*STAGES, "all"):
         raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
@@ -660,17 +970,35 @@ def main(argv):
     if there and not (config.resume or config.overwrite):
         raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
                          "keeps both")
-    if config.resume and not there:
-        raise ValueError(f"--resume finds no checkpoint of {' or '.join(stages)} in {config.out_dir}")
     for name in stages:
         train(name, given)
+        given = {**given, "init_from": ""}  # the next stage begins with what this one left
+
+
+def settings_of(out_dir):
+    """What was given on the command line of the run in out_dir, by the stage that was at work last."""
+    paths = {stage: os.path.join(out_dir, f"{stage}.pt") for stage in STAGES}
+    there = [stage for stage in STAGES if os.path.exists(paths[stage]) or older_checkpoints(paths[stage])]
+    if not there:
+        raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}")
+    written = {stage: max(map(os.path.getmtime, glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt"))) for stage in there}
+    stage = max(there, key=written.get)
+    saved, _ = last_checkpoint(paths[stage], stage, say=lambda _: None)
+    return {key: value for key, value in saved["settings"].items() if key not in ("resume", "overwrite", "out_dir")}
 
 
 if __name__ == "__main__":
+    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(f"train.py: {rank}{error}")
+    except Stopped as stopped:
+        text, number = stopped.args
+        print(f"train.py: {rank}{text}", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+    except KeyboardInterrupt:
+        sys.exit(f"train.py: {rank}interrupted before training began; nothing was overwritten")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
