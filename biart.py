@@ -261,19 +261,63 @@ class BiART(nn.Module):
         return sum(losses) / 2, {"t2i": losses[0].detach(), "i2t": losses[1].detach()}
 
     @torch.no_grad()
-    def log_likelihood(self, text, image, to):
-        """log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,)."""
-        n_ref, targets = self.config.length(OTHER[to]), {"text": text, "image": image}[to]
-        h = self.trunk(self.sequence(text, image, to))
-        return -self.cross_entropy(h[:, n_ref - 1:-1], targets, to)[1], self.scored(targets, to).sum(1)
+    def log_likelihood(self, text, image, to, chunk=2 ** 26):
+        """
+        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows go through
+        a few at a time, so that about `chunk` numbers are held at once, scores and activations of one block together.
+        """
+        c, targets = self.config, {"text": text, "image": image}[to]
+        few = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)))
+        total = []
+        for t, i, wanted in zip(text.split(few), image.split(few), targets.split(few)):
+            h = self.trunk(self.sequence(t, i, to))
+            total.append(self.cross_entropy(h[:, c.length(OTHER[to]) - 1:-1], wanted, to)[1])
+        return -torch.cat(total), self.scored(targets, to).sum(1)
+
+    def judge(self, ref, candidates, to):
+        """
+        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref): forward log p(candidate | ref) and
+        reverse log p(ref | candidate), nats, (B, n) each. The latter re-ranks candidates without a second model.
+        """
+        B, n, _ = candidates.shape
+        sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}
+        return tuple(self.log_likelihood(sides["text"], sides["image"], way)[0].view(B, n) for way in (to, OTHER[to]))
 
     # -------------------------------------------------------------------------
-    # Generation
+    # Generation: begin() reads the prompt, advance() adds a token, generate() and beam_search() choose it
 
     def new_cache(self, batch):
         """Room for the keys and values of a whole sequence: (n_layer, 2, batch, n_head, T, head size)."""
         c, weight = self.config, self.head["text"].weight
         return weight.new_zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head)
+
+    def begin(self, ref, to, n, prefix, guidance):
+        """
+        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> scores of the next one (B * n, V), and the cache. The
+        prompt goes through once for each row of ref; its cache is then copied to that row's n candidates. With guidance,
+        a second half of the cache is of a blanked REF side.
+        """
+        null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
+        if guidance != 1:
+            ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
+        x = torch.cat([self.embed(ref, OTHER[to], REF, null), self.embed(prefix, to, GEN)], dim=1)
+        cache = self.new_cache(len(x))
+        h = self.trunk(x, cache)[:, -1].repeat_interleave(n, 0)
+        return self.next_scores(h, to, guidance), cache.repeat_interleave(n, 2)
+
+    def advance(self, x, at, to, cache, guidance):
+        """The embedding x (rows, C) of a token that stands at position `at` -> scores of the next one (rows, V)."""
+        h = self.trunk(x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1), cache, at)
+        return self.next_scores(h[:, 0], to, guidance)
+
+    def next_scores(self, h, to, guidance):
+        logits = self.logits(h, to).float()
+        if guidance != 1:
+            logits, blank = logits.chunk(2)
+            logits = blank + guidance * (logits - blank)
+        if to == "text":
+            logits[:, self.config.pad_token] = -torch.inf
+        return logits
 
     @torch.no_grad()
     def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seeds=None):
@@ -290,37 +334,18 @@ class BiART(nn.Module):
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
         """
         c = self.config
-        rows = len(ref) * n
-        start, total = c.length(OTHER[to]), c.length(to)
+        rows, start, total = len(ref) * n, c.length(OTHER[to]), c.length(to)
+        prefix = ref[:, :0] if prefix is None else prefix
+        given = prefix.shape[1]
         out = torch.full((rows, total), c.pad_token if to == "text" else 0, device=ref.device)
-        given = 0 if prefix is None else prefix.shape[1]
-        if given:
-            out[:, :given] = prefix.repeat_interleave(n, 0)
+        out[:, :given] = prefix.repeat_interleave(n, 0)
         seeds = range(rows) if seeds is None else seeds
         uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
         uniform = uniform.to(ref.device)
-
-        # The prompt goes through once for each row of ref; its cache is then copied to that row's candidates. With
-        # guidance, a second half of the batch runs on a blanked REF side.
-        null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
-        if guidance != 1:
-            ref, null = ref.repeat(2, 1), torch.cat([null, ~null])
-            prefix = None if prefix is None else prefix.repeat(2, 1)
-        x = self.embed(ref, OTHER[to], REF, null)
-        if given:
-            x = torch.cat([x, self.embed(prefix, to, GEN)], dim=1)
-        cache = self.new_cache(len(x))
-        h = self.trunk(x, cache)[:, -1:].repeat_interleave(n, 0)
-        cache = cache.repeat_interleave(n, 2)
         place = self.place(to, GEN)
         done = torch.zeros(rows, dtype=torch.bool, device=ref.device)
+        logits, cache = self.begin(ref, to, n, prefix, guidance)
         for i in range(given, total):
-            logits = self.logits(h[:, 0], to).float()
-            if guidance != 1:
-                logits, blank = logits.chunk(2)
-                logits = blank + guidance * (logits - blank)
-            if to == "text":
-                logits[:, c.pad_token] = -torch.inf
             token = sample(logits, uniform[:, i], temperature, top_k, top_p)
             if to == "text":
                 token = torch.where(done, c.pad_token, token)
@@ -328,9 +353,48 @@ class BiART(nn.Module):
             out[:, i] = token
             if i + 1 == total or (to == "text" and done.all()):
                 break
-            x = self.token[to](token)[:, None] + place[i]
-            h = self.trunk(x if guidance == 1 else x.repeat(2, 1, 1), cache, start + i)
+            logits = self.advance(self.token[to](token) + place[i], start + i, to, cache, guidance)
         return out
+
+    @torch.no_grad()
+    def beam_search(self, image, width, prefix=None, length_penalty=1.0, guidance=1.0):
+        """
+        The likeliest captions of image codes (B, n_image) -> LongTensor (B, width, n_text), best first, and their scores
+        (B, width): log p / length ** length_penalty, where length counts the tokens found, the end token with them.
+
+        Every step keeps the `width` best of all continuations of all beams, ended ones among them. Width 1 is greedy.
+        prefix (B, m): the first tokens of the caption. The beams of an image share its cached prompt.
+        """
+        c, B = self.config, len(image)
+        prefix = image[:, :0] if prefix is None else prefix
+        given = prefix.shape[1]
+        out = image.new_full((B, width, c.n_text), c.pad_token)
+        out[:, :, :given] = prefix[:, None]
+        log_p = image.new_zeros((B, width), dtype=torch.float)
+        log_p[:, 1:] = -torch.inf  # all beams begin alike: one is enough
+        length, done = torch.zeros_like(log_p), torch.zeros_like(log_p, dtype=torch.bool)
+        stay = log_p.new_full((c.text_vocab,), -torch.inf)  # how an ended beam goes on: padding, for certain
+        stay[c.pad_token] = 0
+        place = self.place("text", GEN)
+        logits, cache = self.begin(image, "text", width, prefix, guidance)
+        for i in range(given, c.n_text):
+            step = torch.where(done[..., None], stay, logits.log_softmax(-1).view(B, width, -1))
+            total = log_p[..., None] + step  # (B, width, V)
+            length = length + ~done
+            scores, best = (total / length[..., None] ** length_penalty).flatten(1).topk(width)
+            parent, token = best // c.text_vocab, best % c.text_vocab
+            log_p, length, done = total.flatten(1).gather(1, best), length.gather(1, parent), done.gather(1, parent)
+            out = out.gather(1, parent[..., None].expand_as(out))
+            out[:, :, i] = token
+            done = done | (token == c.end_token)
+            if i + 1 == c.n_text or done.all():
+                return out, scores
+            rows = (torch.arange(B, device=image.device)[:, None] * width + parent).flatten()
+            rows = rows if guidance == 1 else torch.cat([rows, rows + len(rows)])
+            found = slice(c.n_image + given, c.n_image + i)  # of the cache only this differs between an image's beams
+            cache[..., found, :] = cache[:, :, rows, :, found]
+            x = self.token["text"](token.flatten()) + place[i]
+            logits = self.advance(x, c.n_image + i, "text", cache, guidance)
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):

@@ -13,6 +13,7 @@ import gzip
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import os
@@ -1768,6 +1769,87 @@ def test_sampling_distribution():
     assert sample(logits, torch.tensor([1 - 1e-7])).item() == 3
 
 
+def every_caption(prefix):
+    """All texts of the toy vocabulary below: up to three of four words, closed by the end token where there is room."""
+    for n in range(4 - len(prefix)):
+        for words in itertools.product(range(4), repeat=n):
+            caption = [*prefix, *words, 4][:3]
+            yield caption + [5] * (3 - len(caption))
+
+
+@pytest.mark.parametrize("length_penalty", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("prefix", [(), (2,)])
+def test_beam_search_against_exhaustive_search(length_penalty, prefix):
+    model = biart(seed=3, text_vocab=6, end_token=4, pad_token=5, n_text=3)
+    image = captions_and_codes(2)[1]
+    texts = torch.tensor(list(every_caption(prefix)))
+    assert len(texts) == len({tuple(t) for t in texts.tolist()}) == (1 + 4 + 16 + 64 if not prefix else 1 + 4 + 16)
+    given = torch.tensor([prefix] * 2, dtype=torch.long)
+    found, scores = model.beam_search(image, len(texts) + 30, given, length_penalty)
+    for i in range(2):
+        expected = []
+        for text in texts:  # p of a text, the padding token ruled out, counted from behind the prefix
+            h = model.trunk(model.sequence(text[None], image[i:i + 1], "text"))[0, 8:11]
+            logits = model.logits(h, "text").detach()
+            logits[:, 5] = -torch.inf
+            scored = [j for j in range(len(prefix), 3) if text[j] != 5]
+            log_p = sum(logits[j].log_softmax(-1)[text[j]].item() for j in scored)
+            expected.append(log_p / len(scored) ** length_penalty)
+        best = int(np.argmax(expected))
+        assert found[i, 0].tolist() == texts[best].tolist()
+        assert scores[i, 0].item() == pytest.approx(expected[best], abs=1e-5)
+        ranked = sorted(expected, reverse=True)
+        assert torch.allclose(scores[i, :len(texts)], torch.tensor(ranked), atol=1e-5)  # the search left nothing out
+
+
+def brute_force_beam(model, image, width, guidance):
+    """Beam search the long way round: whole sequences, no cache, one image; scores are mean log p."""
+    beams = [([], 0.0)]
+    for _ in range(6):
+        grown = []
+        for tokens, log_p in beams:
+            if 18 in tokens:
+                grown.append((tokens, log_p))
+                continue
+            scores = []
+            for null in (False, True):
+                x = model.embed(image, "image", 0, torch.tensor([null]))
+                x = torch.cat([x, model.embed(torch.tensor([tokens], dtype=torch.long), "text", 1)], 1)
+                scores.append(model.logits(model.trunk(x)[0, -1], "text"))
+            logits = scores[1] + guidance * (scores[0] - scores[1])
+            logits[19] = -torch.inf
+            grown += [(tokens + [word], log_p + p) for word, p in enumerate(logits.log_softmax(-1).tolist()) if word != 19]
+        beams = sorted(grown, key=lambda beam: -beam[1] / len(beam[0]))[:width]
+    return [tokens + [19] * (6 - len(tokens)) for tokens, _ in beams]
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_beams_against_a_search_without_cache(guidance):
+    model, (_, image) = biart(seed=5), captions_and_codes(3)
+    with torch.no_grad():
+        model.head["text"].weight[18] += 0.3  # so that captions end at different lengths
+        expected = [brute_force_beam(model, row[None], 4, guidance) for row in image]
+    assert model.beam_search(image, 4, guidance=guidance)[0].tolist() == expected
+    greedy = model.generate(image, "text", temperature=0, guidance=guidance)
+    assert torch.equal(model.beam_search(image, 1, guidance=guidance)[0][:, 0], greedy)
+
+
+def test_likelihoods_in_parts_and_both_ways():
+    model, (text, image) = biart(), captions_and_codes(6)
+    for to in ("image", "text"):
+        whole, count = model.log_likelihood(text, image, to)
+        parts, same = model.log_likelihood(text, image, to, chunk=1)
+        assert torch.allclose(whole, parts, atol=1e-5) and torch.equal(count, same)
+    forward, reverse = model.judge(text[:2], image.view(2, 3, 9), "image")
+    paired = text[:2].repeat_interleave(3, 0)
+    assert torch.allclose(forward.flatten(), model.log_likelihood(paired, image, "image")[0])
+    assert torch.allclose(reverse.flatten(), model.log_likelihood(paired, image, "text")[0])
+    forward, reverse = model.judge(image[:2], text.view(2, 3, 6), "text")
+    paired = image[:2].repeat_interleave(3, 0)
+    assert torch.allclose(forward.flatten(), model.log_likelihood(text, paired, "text")[0])
+    assert torch.allclose(reverse.flatten(), model.log_likelihood(text, paired, "image")[0])
+
+
 def test_one_batch_is_learned_both_ways():
     torch.manual_seed(0)
     model, (text, image) = BiART(dataclasses.replace(GPT, n_embd=32)), captions_and_codes(4)
@@ -1803,6 +1885,11 @@ def python(*arguments, ok=True):
     return run(sys.executable, *arguments, ok=ok)
 
 
+def last_json(printed):
+    """The JSON object that a command printed last, whatever warnings the libraries print behind it."""
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
+
+
 def rows(path):
     with open(path, newline="") as f:
         return list(csv.DictReader(f))
@@ -1833,22 +1920,247 @@ def test_train_all_leaves_a_whole_run(finished):
     assert not [name for name in os.listdir(out) if name.endswith((".part", ".tmp"))]
 
 
-def test_sample_every_way(finished):
+def test_sample_every_way(finished, tmp_path, capfd):
     out, _ = finished
-    picture = out.parent / "scene.png"
-    data.Scenes("val", 1).image(0).save(picture)
-    assert "painted:" in python("sample.py", "--out_dir", out, "--n", 2)
-    assert Image.open(out / "samples.png").width > 200
-    python("sample.py", "--out_dir", out, "--n=2", "--prompt", "a small red circle above a large blue square")
-    assert Image.open(out / "painted_1.png").size == (64, 64)
-    assert len(python("sample.py", "--out_dir", out, "--n", 3, "--image", picture).splitlines()) >= 3
-    python("sample.py", "--out_dir", out, "--reconstruct", picture, picture)
-    assert Image.open(out / "reconstructed.png").height > Image.open(out / "reconstructed.png").width / 2
-    printed = python("sample.py", "--out_dir", out, "--eval", "--eval_items", 4, "--guidance", 2)
-    scores = json.loads(printed.strip().splitlines()[-1])
-    assert {"psnr", "codebook_use", "t2i_exact", "i2t_exact", "t2i_exact_heldout", "i2t_exact_heldout"} <= set(scores)
-    assert 0 < scores["codebook_use"] <= 1 and all(0 <= scores[k] <= 1 for k in scores if "exact" in k)
-    assert "was cut" in python("sample.py", "--out_dir", out, "--n=1", "--prompt", "red circle " * 40)
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for i in range(3):
+        data.Scenes("val", 3).image(i).save(pictures / f"{i}.png")
+    (pictures / "notes.txt").write_text("not a picture")
+    (pictures / "broken.png").write_text("nor this")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a small red circle above a large blue square\n\n  two crosses \n", encoding="utf-8")
+
+    def samples(*arguments):
+        """Run a use -> what it printed, its samples.json, its folder; all files named there must be pictures."""
+        where = tmp_path / str(len(os.listdir(tmp_path)))
+        sample_module.main([str(a) for a in ("--out_dir", out, "--save_dir", where, *arguments)])
+        printed = "".join(capfd.readouterr())
+        with open(where / "samples.json", encoding="utf-8") as f:
+            record = json.load(f)
+        assert all(Image.open(where / entry["file"]).size == (64, 64) for entry in record["samples"])
+        return printed, record["samples"], where
+
+    printed, made, where = samples("--n", 3)
+    assert "paint:" in printed and "it says:" in printed and Image.open(where / "samples.png").width > 300
+    assert len(made) == 6 and len(made[-1]["references"]) == 6
+    printed, made, where = samples("--n=2", "--prompt", "red circle " * 40, "--rerank=5")
+    assert "was cut" in printed and Image.open(where / "painted.png").height > 64
+    assert len(made) == 2
+    first, second = (0.2 * entry["scores"]["forward"] + 0.8 * entry["scores"]["reverse"] for entry in made)
+    assert first >= second and f"[{first:.1f}]" in printed
+    printed, made, _ = samples("--prompts", prompts, "--n=2")
+    assert [entry["prompt"] for entry in made] == ["a small red circle above a large blue square"] * 2 + ["two crosses"] * 2
+    assert [entry["seed"] for entry in made] == [0, 1, 1000, 1001]
+    printed, made, _ = samples("--image", pictures, pictures / "0.png", "--n=3", "--prefix", "there is a", "--temperature=2")
+    assert "broken.png is not an image" in printed and len(made) == 12
+    assert all(entry["caption"].startswith("there is a") for entry in made)
+    printed, made, _ = samples("--image", pictures / "0.png", "--beam=3")
+    assert len(made) == 3 and all(entry["seed"] is None for entry in made)
+    printed, made, _ = samples("--image", pictures / "0.png", pictures / "1.png", "--variations", "--n=2")
+    assert [entry.get("image") for entry in made[::3]] == [str(pictures / f"{i}.png") for i in (0, 1)] and len(made) == 6
+    printed, made, where = samples("--reconstruct", pictures / "0.png", pictures / "1.png")
+    assert len(made) == 4 and Image.open(where / "reconstructed.png").width < 300
+    where = tmp_path / "command"
+    assert "paint: a red circle" in python("sample.py", "--out_dir", out, "--save_dir", where, "--prompt", "a red circle", "--n=1")
+    assert sorted(os.listdir(where)) == ["painted.png", "painted_0.png", "samples.json"]
+
+
+def test_a_recorded_seed_makes_the_sample_again(finished, tmp_path):
+    prompts = ["a small red circle above a large blue square", "two crosses", "a large black cross"]
+    images = [data.Scenes("val", 3).image(i) for i in range(3)]
+
+    def same(a, b):  # but for the rounding of sums, which depends on the batch
+        return np.abs(np.asarray(a["picture"], int) - np.asarray(b["picture"], int)).max() <= 1
+
+    def made(**settings):
+        settings = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), **settings)
+        return sample_module.Run(settings).load_biart()
+
+    whole = made()
+    painted, said = list(whole.paint(prompts, 3)), list(whole.caption(images, 3))
+    for size in (1, 4):  # in other batches
+        again = made(batch_size=size)
+        for group, others in zip(painted, again.paint(prompts, 3)):
+            assert all(map(same, group, others))
+        for group, others in zip(said, again.caption(images, 3)):
+            assert [record["caption"] for record in group] == [record["caption"] for record in others]
+    record = painted[2][1]
+    alone = next(made(seed=record["seed"]).paint(prompts[2:]))[0]
+    assert same(record, alone) and record["scores"] == pytest.approx(alone["scores"], abs=2e-3)
+    assert not same(record, painted[2][0])
+    record = said[1][2]
+    assert record["caption"] == next(made(seed=record["seed"]).caption(images[1:2]))[0]["caption"]
+
+
+def test_reranking_orders_by_the_reverse_direction(finished, tmp_path):
+    for share in (0.0, 0.25, 1.0):
+        used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), rerank=6,
+                                                            rerank_forward=share)).load_biart()
+        text = used.tokenize(["a small red circle above a large blue square", "two crosses"])
+        for i, group in enumerate(used.candidates(text, "image")):
+            assert sorted(c["order"] for c in group) == list(range(6)) and len({c["seed"] for c in group}) == 6
+            expected = []
+            for c in group:
+                sides = text[i:i + 1], c["tokens"][None]
+                forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item() for to in ("image", "text"))
+                assert (forward, reverse) == pytest.approx((c["forward"], c["reverse"]), abs=1e-3)
+                expected.append(share * forward + (1 - share) * reverse)
+            assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
+
+
+def test_completion_keeps_rows_and_words(finished, tmp_path):
+    used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), keep_rows=5,
+                                                        prefix="the large")).load_biart()
+    images = [data.Scenes("val", 2).image(i) for i in range(2)]
+    codes, _ = used.encode(images)
+    painted = list(used.paint(["a cross", "a circle"], 2, images))
+    for i, group in enumerate(used.candidates(used.tokenize(["a cross", "a circle"]), "image", 2, 0, codes[:, :40])):
+        tokens = torch.stack([candidate["tokens"] for candidate in group])
+        assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1)) and not torch.equal(tokens[:, 40:], codes[i, 40:])
+        for picture, record in zip(used.decode(tokens), painted[i]):
+            assert np.array_equal(picture, record["picture"])
+    assert all(record["caption"].startswith("the large") for group in used.caption(images, 4) for record in group)
+
+
+def test_scores_of_a_run(finished, tmp_path):
+    out, _ = finished
+    printed = python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--eval", "--eval_items", 4, "--eval_pairs=3",
+                     "--guidance", 2, "--rerank=2", "--html")
+    scores = last_json(printed)
+    captions = {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d", "t2i_exact", "i2t_exact"}
+    assert set(scores) == {"psnr", "ssim", "l1", "codebook_use", "perplexity", "t2i_bits", "i2t_bits", "t2i_recall1",
+                           "t2i_recall5", "i2t_recall1", "i2t_recall5"} | {
+        f"{name}{way}{suffix}" for name in captions for way in ("", "_rerank") for suffix in ("", "_heldout")}
+    assert 0 < scores["codebook_use"] <= 1 and all(0 <= scores[k] <= 1 for k in scores if "exact" in k or "recall" in k)
+    assert scores["t2i_recall5"] == 1 and scores["t2i_bits"] > 0
+    with open(tmp_path / "scores.json", encoding="utf-8") as f:
+        assert json.load(f)["scores"] == scores
+    python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--prompt", "<b>a cross & more</b>", "--html", "--n=2")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert str(scores["psnr"]) in page and "&lt;b&gt;a cross &amp; more" in page and "augvae_ml_loss.png" in page
+    assert page.count("data:image/png;base64,") >= 2 + 3 * 2
+    for word in ("<script", "http", "<link", "<b>", "src=\"/", "@import"):
+        assert word not in page, word
+
+
+def test_retrieval_against_brute_force(finished, tmp_path):
+    used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), eval_pairs=7))
+    used.load_biart()
+    some = data.spread(data.Scenes("val", 50), 9)
+    scores = sample_module.likelihood_scores(used, some)
+    text = used.tokenize([some.captions(i)[i % 6] for i in range(9)])
+    image = used.encode([some.image(i) for i in range(9)])[0]
+
+    def log_p(i, j, to):  # of text i and image j
+        return used.biart.log_likelihood(text[i:i + 1], image[j:j + 1], to)[0].item()
+
+    for way, to, back in (("t2i", "image", "text"), ("i2t", "text", "image")):
+        best, five = 0, 0
+        for i in range(7):
+            pairs = [(i, j) if way == "t2i" else (j, i) for j in range(7)]
+            order = sorted(range(7), key=lambda j: -log_p(*pairs[j], back))
+            best, five = best + (order[0] == i), five + (i in order[:5])
+        assert (scores[f"{way}_recall1"], scores[f"{way}_recall5"]) == (best / 7, five / 7)
+        count = 9 * 64 if to == "image" else (text != used.tokenizer.pad).sum().item()
+        bits = -sum(log_p(i, i, to) for i in range(9)) / math.log(2) / count
+        assert scores[f"{way}_bits"] == pytest.approx(bits, rel=1e-4)
+
+
+def test_pixel_metrics_are_those_of_scikit_image():
+    r = np.random.RandomState(0)
+    x = r.uniform(0, 1, (2, 16, 20, 3))
+    y = np.clip(x + 0.2 * r.standard_normal(x.shape), 0, 1)
+    x[1, :, 8:] = y[1, :, 8:]
+    y[1, 3:] = 0.8
+    x, y = (torch.from_numpy(z).permute(0, 3, 1, 2).float() for z in (x, y))
+    # skimage 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)
+    assert sample_module.ssim(x, y).tolist() == pytest.approx([0.8583676359885152, 0.02295141904273806], abs=1e-6)
+    # ... and with use_sample_covariance=True
+    found = sample_module.ssim(x, y, sample_covariance=True).tolist()
+    assert found == pytest.approx([0.8583618086467656, 0.022880373592528747], abs=1e-6)
+    assert sample_module.psnr(x, y).tolist() == pytest.approx([15.238565608588463, 8.254377459922488], rel=1e-5)
+    assert sample_module.l1(x, y).tolist() == pytest.approx((x - y).abs().mean((1, 2, 3)).tolist())
+    assert sample_module.ssim(x, x).tolist() == pytest.approx([1, 1]) and sample_module.psnr(x, x).tolist() == [100, 100]
+
+
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file of weights for FID's Inception, made by the rule that they were made by for the reference package."""
+    from torchvision.models import inception_v3
+    shapes = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
+    for i, (name, x) in enumerate(shapes.items()):
+        if x.dim():
+            r = torch.from_numpy(np.random.RandomState(i).standard_normal(tuple(x.shape)).astype(np.float32))
+            positive = name.endswith(("weight", "var"))
+            shapes[name] = (r * (2 / x[0].numel()) ** 0.5 if x.dim() > 1 else 1 + 0.1 * r.abs() if positive else 0.1 * r)
+    path = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(shapes, path)
+    return path
+
+
+def test_fid_is_that_of_pytorch_fid(inception):
+    network = sample_module.FIDInception(inception)
+    features = []
+    for seed, low, high in ((1, 0, 256), (2, 60, 200)):
+        pixels = np.random.RandomState(seed).randint(low, high, (6, 6, 6, 3)).astype(np.uint8)
+        features.append(network([Image.fromarray(x).resize((64, 64), Image.BILINEAR) for x in pixels]))
+    assert features[0].shape == (6, 2048)
+    # pytorch-fid 0.3.0 with the same weights, on the same pictures as files
+    expected = [0.11701524, 0.38984084, 0.0, 0.0, 0.07742107, 0.35763389, 0.27759412]
+    assert features[0][0, ::300].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert (features[0].mean().item(), features[0].numpy().std()) == pytest.approx((0.88425825, 1.16023334), rel=1e-5)
+    assert sample_module.frechet_distance(*features) == pytest.approx(237.80561675471512, rel=1e-5)
+
+
+def test_frechet_distance_is_that_of_pytorch_fid():
+    r = np.random.RandomState(0)
+    a = r.standard_normal((50, 8)) @ r.standard_normal((8, 8))
+    b = r.standard_normal((40, 8)) @ r.standard_normal((8, 8)) + 0.5
+    a, b = torch.from_numpy(a), torch.from_numpy(b)
+    assert sample_module.frechet_distance(a, b) == pytest.approx(26.481021681034264, rel=1e-9)
+    assert sample_module.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    few = sample_module.frechet_distance(a[:3], b[:5])  # fewer samples than dimensions, the long way round
+    ca, cb = (torch.cov(z.T) for z in (a[:3], b[:5]))
+    root = torch.linalg.eigvals(ca @ cb).real.clamp_min(0).sqrt().sum()
+    expected = (a[:3].mean(0) - b[:5].mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * root
+    assert few == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="at least 2"):
+        sample_module.frechet_distance(a[:1], b)
+
+
+def test_caption_metrics_are_those_of_pycocoevalcap():
+    said = ["a dog runs on the grass", "two men ride a red bike down the street", "a cat", "the the the the"]
+    references = [["a brown dog is running on grass", "the dog runs across the green grass"],
+                  ["two men riding a bike on a street", "men ride down the street on a red bike", "two people on a bike"],
+                  ["a cat sits on a mat", "cat"], ["there is the cat on the mat"]]
+    said, references = [s.split() for s in said], [[r.split() for r in others] for others in references]
+    # pycocoevalcap 1.2: Bleu(4), Rouge(), Cider()
+    expected = [0.784318099699277, 0.5656471679021834, 0.34944481658187443, 4.385543619059521e-05]
+    assert sample_module.bleu(said, references) == pytest.approx(expected, rel=1e-9)
+    assert sample_module.rouge_l(said, references) == pytest.approx(0.6370244983879116, rel=1e-9)
+    assert sample_module.cider_d(said, references) == pytest.approx(1.7065427774416457, rel=1e-9)
+    perfect = sample_module.caption_scores([others[0] for others in CAPTIONS], CAPTIONS)
+    assert perfect["bleu4"] == pytest.approx(1) and perfect["rouge_l"] == 1 and perfect["cider_d"] > 5
+    nothing = sample_module.caption_scores(["", ""], CAPTIONS)
+    assert max(nothing.values()) < 1e-4
+
+
+CAPTIONS = [["A dog runs on the grass.", "the dog is running"], ["Two men ride a bike!"]]
+
+
+@pytest.mark.parametrize(("caption", "words"), [  # as Stanford's PTBTokenizer and COCO's list of punctuation have it
+    ("A dog's ball, isn't it? They've seen 3 dogs; we'll go.", "a dog 's ball is n't it they 've seen 3 dogs we 'll go"),
+    ("black-and-white t-shirt at 10:30 a.m. on St. John's street...",
+     "black-and-white t-shirt at 10:30 a.m. on st. john 's street"),
+    ("U.S. flag & a 50% off sign: $3.50 and/or more", "u.s. flag & a 50 % off sign $ 3.50 and/or more"),
+    ("gonna wanna dogs' tails -- o'clock, he's \"old\"", "gon na wan na dogs tails o'clock he 's old"),
+    ("it’s a “curly” quote – dash — em … dots", "it 's a curly quote dash em dots"),
+    ("end.Start no space,here too\t1,000 x*y 'single'", "end.start no space here too 1,000 x * y single"),
+    ("he can't, I cannot (really)", "he ca n't i can not really"), ("...", ""), ("", ""),
+])
+def test_caption_words_by_the_coco_convention(caption, words):
+    assert sample_module.caption_words(caption) == words.split()
 
 
 def test_psnr_against_the_formula(finished):
@@ -1878,14 +2190,15 @@ def test_resume_continues_exactly(finished, tmp_path):
         assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
 
 
-def test_coco_data_through_all_stages(tmp_path):
+def test_coco_data_through_all_stages(tmp_path, inception):
     folder, path, _ = coco(tmp_path, n=6)
     where = ["--data=coco", "--train_dir", folder, "--train_captions", path, "--val_dir", folder, "--val_captions", path]
     out = tmp_path / "out"
     python("train.py", *MINIATURE, *where, "--out_dir", out, "--max_iters=2")
-    assert "said" in python("sample.py", "--out_dir", out, "--n=2")
-    scores = json.loads(python("sample.py", "--out_dir", out, "--eval", "--eval_items=4").strip().splitlines()[-1])
-    assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0
+    assert "it says" in python("sample.py", "--out_dir", out, "--n=2")
+    scores = last_json(python("sample.py", "--out_dir", out, "--eval", "--eval_items=2", "--beam=2", "--fid_weights", inception))
+    assert {"t2i_bits", "i2t_recall1", "cider_d", "fid", "rfid"} <= set(scores) and "t2i_exact" not in scores
+    assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0 and scores["fid"] > 0 and scores["rfid"] > 0
 
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -2386,6 +2699,32 @@ def test_bad_checkpoints_are_refused(finished, tmp_path):
     attempt("no image", "--image", "absent.png")
     attempt("not an image", "--image", os.path.join(HERE, "README.md"))
     attempt("not an image", "--reconstruct", os.path.join(HERE, "README.md"))
+
+
+def test_bad_uses_are_refused(finished, tmp_path):
+    out, picture, empty = finished[0], tmp_path / "a.png", tmp_path / "empty"
+    data.Scenes("val", 1).image(0).save(picture)
+    empty.mkdir()
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "weights.pth").write_bytes(b"no weights")
+    image = ["--image", str(picture)]
+    for arguments, message in [
+        (["--prompts", "absent.txt"], "no file of prompts absent.txt"), (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
+        (["--prompts", str(tmp_path / "latin1.txt")], "not a text file"), (["--image", str(empty)], "no image in the folder"),
+        ([*image, "--prompt", "a cross"], "--keep_rows"), ([*image, "--prompt", "a cross", "--keep_rows=8"], "8 is not in 1 to 7"),
+        ([*image, "--prompt", "a cross", "--keep_rows=-1"], "-1 is not at least 0"), (["--keep_rows=2"], "needs --image"),
+        ([*image, "--keep_rows=2"], "needs --prompt or --variations"), (["--prefix=a"], "--prefix needs --image"),
+        ([*image, "--prefix", "red circle " * 40], "tokens"), (["--rerank=0"], "--rerank 0 is not in 1 to"),
+        (["--rerank_forward=1.5"], "not in 0 to 1"), (["--top_p=0"], "--top_p 0.0"), (["--n=0"], "--n 0"),
+        (["--prompt", "a", "--eval"], "different uses"), (["--prompt", "a", "--beam=3"], "does not paint"),
+        ([*image, "--beam=3", "--rerank=2"], "both choose"), ([*image, "--beam=3", "--top_k=5"], "does not sample"),
+        (["--eval", "--fid_weights", "absent.pth"], "no file absent.pth"),
+        (["--eval", "--fid_weights", str(tmp_path / "weights.pth")], "does not hold"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            sample_module.main(["--out_dir", str(out), "--save_dir", str(tmp_path / "made"), *arguments])
+    assert "sample.py: --rerank 0" in refused("sample.py", "--rerank=0")
 
 
 def retouched(path):
