@@ -52,6 +52,7 @@ from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, 
 class SampleConfig:
     out_dir: str = "out"  # the run to use, as train.py's
     vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
+    best: bool = False  # use BiART's checkpoint of the lowest validation loss, not the last
     save_dir: str = ""  # where to put what is made; empty is out_dir
     prompt: str = ""  # paint this caption
     prompts: str = ""  # paint the captions in this text file, one a line
@@ -138,7 +139,7 @@ class Run:
 
     def load_biart(self):
         """Load BiART and the tokenizer too. Raises ValueError where they belong to another run."""
-        path = os.path.join(self.config.out_dir, "biart.pt")
+        path = os.path.join(self.config.out_dir, "biart_best.pt" if self.config.best else "biart.pt")
         checkpoint = load_checkpoint(path, "biart")
         self.settings = checkpoint["settings"]
         self.tokenizer = Tokenizer.load(os.path.join(self.config.out_dir, "tokenizer.json"))
