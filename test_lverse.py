@@ -1427,6 +1427,11 @@ RELEASED_NUMBERS = [
 ]
 
 
+has_namespaces = pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"),
+                                    reason="torch reads no Namespace with weights_only before 2.5")
+
+
+@has_namespaces
 @pytest.mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", RELEASED_NUMBERS)
 def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms, tmp_path):
     vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", c, single_level))
@@ -1453,6 +1458,7 @@ def test_released_weights_give_released_numbers(c, single_level, tokens, pixels,
     assert torch.equal(again(x)[0], reconstruction) and torch.equal(again(x)[1], loss)
 
 
+@has_namespaces
 @pytest.mark.parametrize("single_level", [0, 8])
 def test_released_weights_give_golden_values(single_level, tmp_path):
     path = os.path.join(HERE, "..", "shared", "golden", "augvae_sl.npz" if single_level else "augvae_ml.npz")
@@ -1466,6 +1472,7 @@ def test_released_weights_give_golden_values(single_level, tmp_path):
     assert np.abs(reconstruction.numpy() - golden["reconstruction"]).max() < 1e-4
 
 
+@has_namespaces
 def test_released_codebook_trains_on(tmp_path):
     vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", RELEASED))
     codes = vae.train()(images(), collect=True)[2]
@@ -1475,6 +1482,7 @@ def test_released_codebook_trains_on(tmp_path):
     assert not torch.equal(vae.codebook.weight, AugVAE.from_released(tmp_path / "released.ckpt").codebook.weight)
 
 
+@has_namespaces
 def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     state, args = released_state(RELEASED), argparse.Namespace(**RELEASED)
@@ -2220,7 +2228,8 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
         together, single = (train.load_checkpoint(d / f"{stage}.pt", stage) for d in (out, alone))
         assert together["samples"] == single["samples"] == 20
         for name, value in together["model"].items():
-            assert torch.allclose(value.float(), single["model"][name].float(), atol=1e-5), (stage, name)
+            off = (value.float() - single["model"][name].float()).abs().max()
+            assert off <= 1e-5 * max(1, value.abs().max()), (stage, name, off)  # the codebook's sums are far above 1
         for ours, theirs in zip(losses(out, stage).values(), losses(alone, stage).values()):
             assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
 
@@ -2590,6 +2599,7 @@ def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
     assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == [float(r["lr"]) for r in rows(tmp_path / "halves" / "augvae_ml.csv")]
 
 
+@has_namespaces
 def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     ml, sl = released_file(tmp_path / "ml.ckpt", RELEASED), released_file(tmp_path / "sl.ckpt", RELEASED, 8)
     vocabulary, picture = str(tmp_path / "words.json"), str(tmp_path / "scene.png")
