@@ -2730,7 +2730,7 @@ def test_bad_uses_are_refused(finished, tmp_path):
         (["--prompt", "a", "--eval"], "different uses"), (["--prompt", "a", "--beam=3"], "does not paint"),
         ([*image, "--beam=3", "--rerank=2"], "both choose"), ([*image, "--beam=3", "--top_k=5"], "does not sample"),
         (["--eval", "--fid_weights", "absent.pth"], "no file absent.pth"),
-        (["--eval", "--fid_weights", str(tmp_path / "weights.pth")], "does not hold"),
+        (["--eval", "--fid_weights", str(tmp_path / "weights.pth")], "is not a whole checkpoint"),
     ]:
         with pytest.raises(ValueError, match=message):
             sample_module.main(["--out_dir", str(out), "--save_dir", str(tmp_path / "made"), *arguments])
