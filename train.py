@@ -119,7 +119,7 @@ PRESETS = {
              "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
         "augvae_sl": {"batch_size": 8, "max_iters": 700, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 700, "learning_rate": 3e-3, "min_lr": 3e-5, "weight_decay": 0.1,
+        "biart": {"batch_size": 32, "max_iters": 400, "learning_rate": 3e-3, "min_lr": 3e-5, "weight_decay": 0.1,
                   "optimizer": "muon"},
     },
     "released": {
