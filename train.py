@@ -661,10 +661,10 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, config, context):
     """Weight decay for all weights of two and more dimensions; with muon, those inside layers are orthogonalised."""
-    layers = {module.weight for name, module in model.named_modules()
-              if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not name.startswith("head.")}
-    hidden = [p for p in model.parameters() if p in layers and config.optimizer == "muon"]
-    decay = [p for p in model.parameters() if p.dim() >= 2 and not any(p is h for h in hidden)]
+    layers = {module.weight for name, module in model.named_modules() if config.optimizer == "muon"
+              and isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not name.startswith("head.")}
+    hidden = [p for p in model.parameters() if p in layers]
+    decay = [p for p in model.parameters() if p.dim() >= 2 and p not in layers]
     rest = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": hidden, "weight_decay": config.weight_decay, "orthogonal": True},
               {"params": decay, "weight_decay": config.weight_decay, "orthogonal": False},
