@@ -1088,17 +1088,23 @@ def settings_of(out_dir):
 
 
 if __name__ == "__main__":
-    rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    status, text = 0, ""
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
-        sys.exit(f"train.py: {rank}{error}")
+        status, text = 1, error
     except Stopped as stopped:
         text, number = stopped.args
-        print(f"train.py: {rank}{text}", file=sys.stderr, flush=True)
-        sys.exit(128 + number)
+        status = 128 + number
     except KeyboardInterrupt:
-        sys.exit(f"train.py: {rank}interrupted before training began; nothing was overwritten")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status, text = 1, "interrupted before training began; nothing was overwritten"
+    if status:
+        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+        print(f"train.py: {rank}{text}", file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        sys.stdout.flush()
+        # Not by sys.exit: gloo's thread may still hold the last tensors that it summed, and letting go of them while
+        # Python winds up aborts the process.
+        os._exit(status)
+    sys.exit(status)
