@@ -79,32 +79,65 @@ class AugVAEConfig:
 # -----------------------------------------------------------------------------
 # Blocks
 
-class NormSiLU(nn.GroupNorm):
-    """SiLU(GroupNorm(x)), the pair in front of every convolution of the model."""
+class ConvAfterSiLU(torch.autograd.Function):
+    """
+    conv3x3(SiLU(GroupNorm(x)) * keep), of which x alone is kept for the backward pass. What lies between is worked out there
+    a second time, in a few percent of the convolution's time; autograd would hold three such maps for every convolution.
+    keep is dropout's mask, or None.
+    """
+    @staticmethod
+    def normed(x, gamma, beta, n_groups):
+        x = x.float() if x.is_cuda else x  # beside fp32 weights CUDA's kernel wants fp32, the CPU's takes bfloat16
+        return x, *torch.native_group_norm(x, gamma, beta, *x.shape[:2], x[0, 0].numel(), n_groups, 1e-6)
 
-    def __init__(self, n_groups, channels):
-        super().__init__(n_groups, channels, eps=1e-6)
+    @staticmethod
+    def forward(ctx, x, gamma, beta, weight, bias, keep, n_groups):
+        ctx.save_for_backward(x, gamma, beta, weight, keep)
+        ctx.n_groups = n_groups
+        h = F.silu(ConvAfterSiLU.normed(x, gamma, beta, n_groups)[1], inplace=True)
+        return F.conv2d(h if keep is None else h * keep, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gamma, beta, weight, keep = ctx.saved_tensors
+        x, h, mean, rstd = ConvAfterSiLU.normed(x, gamma, beta, ctx.n_groups)
+        dropped = (lambda t: t) if keep is None else keep.mul
+        low = grad.dtype  # that of autocast, which the backward pass is outside of
+        grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, dropped(F.silu(h)).to(low), weight.to(low), [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
+            [True] * 3)
+        grad_h = torch.ops.aten.silu_backward(dropped(grad_h).to(h.dtype), h)
+        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
+            grad_h, x, mean, rstd, gamma, *x.shape[:2], x[0, 0].numel(), ctx.n_groups, [True] * 3)
+        return grad_x, grad_gamma, grad_beta, grad_weight, grad_bias, None, None
+
+
+class NormSiLUConv(nn.Module):
+    """GroupNorm, SiLU, dropout and a 3x3 convolution: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+
+    def __init__(self, in_channels, out_channels, config, dropout=0.0):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.dropout = dropout
 
     def forward(self, x):
-        return F.silu(super().forward(x), inplace=True)
+        keep = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
+        return ConvAfterSiLU.apply(x, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias, keep,
+                                   self.norm.num_groups)
 
 
 class ResBlock(nn.Module):
-    """x + conv(NormSiLU(conv(NormSiLU(x)))), with a 1x1 convolution on x where the channels change."""
+    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on x where the channels change."""
 
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.norm1 = NormSiLU(config.n_groups, in_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = NormSiLU(config.n_groups, out_channels)
-        self.dropout = nn.Dropout(config.ae_dropout)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv1 = NormSiLUConv(in_channels, out_channels, config)
+        self.conv2 = NormSiLUConv(out_channels, out_channels, config, config.ae_dropout)
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
 
     def forward(self, x):
-        h = self.conv1(self.norm1(x))
-        h = self.conv2(self.dropout(self.norm2(h)))
-        return self.shortcut(x) + h
+        return self.shortcut(x) + self.conv2(self.conv1(x))
 
 
 class Attention(nn.Module):
@@ -168,8 +201,7 @@ class Encoder(nn.Sequential):
         if config.attention:
             layers["mid_attn_1"] = Attention(c, config)
         layers["mid_block_2"] = ResBlock(c, c, config)
-        layers["norm_out"] = NormSiLU(config.n_groups, c)
-        layers["conv_out"] = nn.Conv2d(c, config.z_channels, 3, padding=1)
+        layers["conv_out"] = NormSiLUConv(c, config.z_channels, config)
         super().__init__(layers)
 
 
@@ -191,8 +223,7 @@ class Decoder(nn.Sequential):
                     layers[f"up_{i}_attn_{j}"] = Attention(c, config)
             if i:
                 layers[f"up_{i}_upsample"] = Upsample(c)
-        layers["norm_out"] = NormSiLU(config.n_groups, c)
-        layers["conv_out"] = nn.Conv2d(c, out_channels, 3, padding=1)
+        layers["conv_out"] = NormSiLUConv(c, out_channels, config)
         super().__init__(layers)
 
 
@@ -363,8 +394,8 @@ class AugVAE(nn.Module):
         """PyTorch's own for convolutions, except that residual branches start at zero: blocks begin as the identity."""
         for module in self.modules():
             if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
+                nn.init.zeros_(module.conv2.conv.weight)
+                nn.init.zeros_(module.conv2.conv.bias)
             elif isinstance(module, Attention):
                 nn.init.zeros_(module.proj_out.weight)
                 nn.init.zeros_(module.proj_out.bias)
@@ -477,6 +508,7 @@ RELEASED_NAMES = (  # what a module of the released encoders and decoders is cal
     (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
     (r"\.mid\.", ".mid_"),
     (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.(norm|conv)(1|2|_out)\.", r".conv\2.\1."),
 )
 
 

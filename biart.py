@@ -67,6 +67,69 @@ class BiARTConfig:
 # -----------------------------------------------------------------------------
 # The transformer
 
+def linear(x, weight, bias=None):
+    """
+    F.linear. The few rows of a decoding step go as W x^T on a CPU: for these, BLAS then streams the weights, of which each
+    is needed once, up to three times as fast. A single row is doubled, as two take less time than one.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda or len(rows) > 16:
+        return F.linear(x, weight, bias)
+    twice = rows.repeat(2, 1) if len(rows) == 1 else rows
+    y = (weight @ twice.t()).t()[:len(rows)].contiguous().view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class LinearAfter(torch.autograd.Function):
+    """
+    linear(f(x, *params), weight, bias), which keeps x for the backward pass and works out f(x) there a second time. f is a
+    layer norm or GELU: a small part of the time that the product takes, and more memory than the product's own input.
+    """
+    @staticmethod
+    def forward(ctx, f, x, weight, bias, *params):
+        ctx.f, ctx.biased = f, bias is not None
+        ctx.save_for_backward(x, weight, *params)
+        return linear(f(x, *params), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, *params = ctx.saved_tensors
+        leaves = [t.detach().requires_grad_() for t in (x, *params)]
+        with torch.enable_grad():
+            y = ctx.f(*leaves)
+        low = grad.dtype  # that of autocast, which the backward pass is outside of
+        rows, seen = grad.flatten(0, -2), y.detach().flatten(0, -2).to(low)
+        grad_x, *grad_params = torch.autograd.grad(y, leaves, (grad @ weight.to(low)).to(y.dtype))
+        return None, grad_x, rows.t() @ seen, rows.sum(0) if ctx.biased else None, *grad_params
+
+    @staticmethod
+    def call(f, x, weight, bias, *params):
+        if torch.is_grad_enabled():
+            return LinearAfter.apply(f, x, weight, bias, *params)
+        return linear(f(x, *params), weight, bias)  # where there is nothing to keep, decoding does without apply's overhead
+
+
+class NormLinear(nn.Linear):
+    """A layer norm, then a linear layer."""
+
+    def __init__(self, in_features, out_features, bias=True):
+        super().__init__(in_features, out_features, bias)
+        self.norm = nn.LayerNorm(in_features)
+
+    def normed(self, x, weight, bias):
+        return F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
+
+    def forward(self, x):
+        return LinearAfter.call(self.normed, x, self.weight, self.bias, self.norm.weight, self.norm.bias)
+
+
+class GELULinear(nn.Linear):
+    """GELU, then a linear layer."""
+
+    def forward(self, x):
+        return LinearAfter.call(F.gelu, x, self.weight, self.bias)
+
+
 class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
@@ -74,36 +137,47 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding noise, which Adam
         # would blow up to full steps, others on two GPUs than on one.
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_attn = NormLinear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, start=0):
+    def forward(self, x, cache=None, at=None, mask=None):
         B, T, C = x.shape
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        q, k, v = qkv
         if cache is not None:  # (2, B, nh, T_max, hs): keys and values of all positions so far
-            cache[0, :, :, start:start + T] = k
-            cache[1, :, :, start:start + T] = v
-            k, v = cache[:, :, :, :start + T]
-        # A prompt enters at position 0 and is causal in itself; a single new token sees all that is cached.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0)
-        y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(self.c_proj(y))
+            cache.index_copy_(3, at, qkv[1:])
+        if mask is not None:
+            k, v = cache[:, :, :, :mask.shape[-1]]
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
+        return self.resid_dropout(linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight, self.c_proj.bias))
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = NormLinear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = GELULinear(4 * config.n_embd, config.n_embd)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.c_fc(x)))
 
 
 class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
-        self.mlp = nn.Sequential(nn.Linear(config.n_embd, 4 * config.n_embd), nn.GELU(),
-                                 nn.Linear(4 * config.n_embd, config.n_embd), nn.Dropout(config.dropout))
+        self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, start=0):
-        x = x + self.attn(self.ln_1(x), cache, start)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x, rows=None, cache=None, at=None, mask=None):
+        """(B, T, C) -> the same; with rows, of all B * T positions those alone: (len(rows), C)."""
+        x = x + self.attn(x, cache, at, mask)
+        if rows is not None:
+            x = x.flatten(0, 1)[rows]
+        return x + self.mlp(x)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -112,16 +186,16 @@ class LinearCrossEntropy(torch.autograd.Function):
     differentiate, and the cross-entropies themselves (N,), nats, to read. The scores (N, V) exist a chunk of rows at a
     time only: the gradient is worked out while a chunk is there, so that the backward pass has nothing to do again.
     """
-    chunk = 2 ** 24  # scores held at once
+    chunk = 2 ** 22  # scores held at once
 
     @staticmethod
     def forward(ctx, h, weight, targets, share, with_gradient):
         rows = max(1, LinearCrossEntropy.chunk // len(weight))
-        nll, grad_h = torch.empty(len(h), device=h.device), torch.empty_like(h) if with_gradient else None
-        grad_weight = torch.zeros_like(weight) if with_gradient else None
+        nll = torch.empty(len(h), device=h.device)
+        grad_h, grad_weight = torch.empty_like(h) if with_gradient else None, None
         scale = share.max()  # comes in at the end: float16 would lose such small gradients on the way
-        for part in torch.arange(len(h)).split(rows):
-            part = slice(int(part[0]), int(part[-1]) + 1)
+        for start in range(0, len(h), rows):
+            part = slice(start, start + rows)
             scores = F.linear(h[part], weight)  # (rows, V), in autocast's type
             low, scores = scores.dtype, scores.float()
             top = scores.logsumexp(1, keepdim=True)
@@ -131,7 +205,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad = scores.sub_(top).exp_().scatter_add_(1, wanted, -torch.ones_like(top))
                 grad = grad.mul_((share[part] / scale)[:, None]).to(low)
                 grad_h[part] = grad @ weight
-                grad_weight += grad.t() @ h[part]
+                product = grad.t() @ h[part]
+                grad_weight = product.to(weight.dtype) if start == 0 else grad_weight.add_(product)
         ctx.save_for_backward(grad_h, grad_weight, scale)
         ctx.mark_non_differentiable(nll)
         return (nll * share).sum(), nll
@@ -139,7 +214,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         grad_h, grad_weight, scale = ctx.saved_tensors
-        return grad_h * (grad * scale), grad_weight * (grad * scale), None, None, None
+        return grad_h.mul_(grad * scale), grad_weight.mul_(grad * scale), None, None, None
 
 
 # -----------------------------------------------------------------------------
@@ -165,9 +240,7 @@ class BiART(nn.Module):
             self.position = nn.Embedding(c.n_text + c.n_image, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.ln_f = nn.LayerNorm(c.n_embd)
-        # One head a modality: image positions are scored over the image codes only, text positions over the text only.
-        self.head = nn.ModuleDict({m: nn.Linear(c.n_embd, c.vocab(m), bias=False) for m in OTHER})
+        self.norm = nn.LayerNorm(c.n_embd)
         self.init_weights()
 
     def init_weights(self):
@@ -179,10 +252,10 @@ class BiART(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "ln_" in name:
+            elif "norm" in name:
                 nn.init.ones_(p)
             else:
-                residual = name.endswith(("c_proj.weight", "mlp.2.weight"))
+                residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
 
     def place(self, modality, segment):
@@ -210,16 +283,23 @@ class BiART(nn.Module):
         ref = OTHER[to]
         return torch.cat([self.embed(sides[ref], ref, REF, null), self.embed(sides[to], to, GEN)], dim=1)
 
-    def trunk(self, x, cache=None, start=0):
-        """(B, T, C) -> (B, T, C), before the final norm. cache: see new_cache; start: position of the first of x."""
+    def trunk(self, x, rows=None, cache=None, at=None, mask=None):
+        """
+        (B, T, C) -> (B, T, C), before the final norm. With rows, LongTensor into all B * T positions, the last block goes on
+        with those alone, as where only some are needed: (len(rows), C). cache, at and mask: see new_cache and advance.
+        """
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, None if cache is None else cache[i], start)
+            last = i == len(self.blocks) - 1
+            x = block(x, rows if last else None, None if cache is None else cache[i], at, mask)
         return x
 
     def logits(self, h, modality):
-        """Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to)."""
-        return self.head[modality](self.ln_f(h))
+        """
+        Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to): image positions are
+        scored over the image codes only, text positions over the text only. As in GPT-2, the weights are the embedding's.
+        """
+        return linear(self.norm(h), self.token[modality].weight)
 
     def scored(self, tokens, modality):
         """Which tokens count: all but the padding. A text is scored up to and including its end token."""
@@ -232,7 +312,7 @@ class BiART(nn.Module):
         """
         scored = self.scored(targets, modality)
         share = scored / scored.sum(1, keepdim=True) / len(targets)
-        mean, nll = LinearCrossEntropy.apply(self.ln_f(h).flatten(0, 1), self.head[modality].weight, targets.flatten(),
+        mean, nll = LinearCrossEntropy.apply(self.norm(h).flatten(0, 1), self.token[modality].weight, targets.flatten(),
                                              share.flatten(), torch.is_grad_enabled())
         return mean, (nll.view_as(targets) * scored).sum(1)
 
@@ -246,17 +326,21 @@ class BiART(nn.Module):
         """
         if len(text) % 2:
             raise ValueError(f"batch size {len(text)} is odd: half of a batch runs in each direction")
-        halves = []
+        c, B, T = self.config, len(text) // 2, self.config.n_text + self.config.n_image
+        halves, layouts, rows = [], [], []
         for to, pick in (("image", slice(0, None, 2)), ("text", slice(1, None, 2))):
-            halves.append((to, {"text": text[pick], "image": image[pick]}, None if null is None else null[pick]))
-        h = self.trunk(torch.cat([self.sequence(to=to, null=blank, **sides) for to, sides, blank in halves]))
+            first = 0 if c.ref_loss else c.length(OTHER[to]) - 1  # of the positions that predict something to be scored
+            rows.append(positions(B, T, first, text.device) + len(halves) * B * T)
+            halves.append((to, first, {"text": text[pick], "image": image[pick]}))
+            layouts.append(self.sequence(text[pick], image[pick], to, None if null is None else null[pick]))
+        h = self.trunk(torch.cat(layouts), torch.cat(rows))
         losses = []
-        for half, (to, sides, _) in zip(h.chunk(2), halves):
-            ref = OTHER[to]
-            n_ref = self.config.length(ref)
-            loss, _ = self.cross_entropy(half[:, n_ref - 1:-1], sides[to], to)
-            if self.config.ref_loss:
-                loss = loss + self.config.ref_loss * self.cross_entropy(half[:, :n_ref - 1], sides[ref][:, 1:], ref)[0]
+        for (to, first, sides), part in zip(halves, h.split([len(r) for r in rows])):
+            ref, part = OTHER[to], part.view(B, T - first, -1)
+            n_ref = c.length(ref) - 1 - first
+            loss, _ = self.cross_entropy(part[:, n_ref:-1], sides[to], to)
+            if c.ref_loss:
+                loss = loss + c.ref_loss * self.cross_entropy(part[:, :n_ref], sides[ref][:, 1:], ref)[0]
             losses.append(loss)
         return sum(losses) / 2, {"t2i": losses[0].detach(), "i2t": losses[1].detach()}
 
@@ -270,8 +354,9 @@ class BiART(nn.Module):
         few = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)))
         total = []
         for t, i, wanted in zip(text.split(few), image.split(few), targets.split(few)):
-            h = self.trunk(self.sequence(t, i, to))
-            total.append(self.cross_entropy(h[:, c.length(OTHER[to]) - 1:-1], wanted, to)[1])
+            first, B, T = c.length(OTHER[to]) - 1, len(t), c.n_text + c.n_image
+            h = self.trunk(self.sequence(t, i, to), positions(B, T, first, t.device)).view(B, T - first, -1)
+            total.append(self.cross_entropy(h[:, :-1], wanted, to)[1])
         return -torch.cat(total), self.scored(targets, to).sum(1)
 
     def judge(self, ref, candidates, to):
@@ -286,10 +371,11 @@ class BiART(nn.Module):
     # -------------------------------------------------------------------------
     # Generation: begin() reads the prompt, advance() adds a token, generate() and beam_search() choose it
 
-    def new_cache(self, batch):
+    def new_cache(self, batch, dtype):
         """Room for the keys and values of a whole sequence: (n_layer, 2, batch, n_head, T, head size)."""
-        c, weight = self.config, self.head["text"].weight
-        return weight.new_zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head)
+        c = self.config
+        return torch.zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head, dtype=dtype,
+                           device=self.segment.weight.device)
 
     def begin(self, ref, to, n, prefix, guidance):
         """
@@ -301,14 +387,19 @@ class BiART(nn.Module):
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed(ref, OTHER[to], REF, null), self.embed(prefix, to, GEN)], dim=1)
-        cache = self.new_cache(len(x))
-        h = self.trunk(x, cache)[:, -1].repeat_interleave(n, 0)
-        return self.next_scores(h, to, guidance), cache.repeat_interleave(n, 2)
+        B, T, _ = x.shape
+        cache = self.new_cache(B, self.blocks[0].attn.c_attn(x[:1, :1]).dtype)  # the type that keys have under autocast
+        h = self.trunk(x, positions(B, T, T - 1, x.device), cache, torch.arange(T, device=x.device))
+        return self.next_scores(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
 
-    def advance(self, x, at, to, cache, guidance):
-        """The embedding x (rows, C) of a token that stands at position `at` -> scores of the next one (rows, V)."""
-        h = self.trunk(x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1), cache, at)
-        return self.next_scores(h[:, 0], to, guidance)
+    def advance(self, x, at, limit, to, cache, guidance):
+        """
+        The embedding x (rows, C) of a token that stands at position `at`, LongTensor (1,) -> scores of the next (rows, V).
+        Of the cache, positions below `limit` are looked at, and those up to `at` count.
+        """
+        mask = (torch.arange(limit, device=x.device) <= at)[None]  # (1, limit)
+        x = x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1)
+        return self.next_scores(self.trunk(x, None, cache, at, mask)[:, 0], to, guidance)
 
     def next_scores(self, h, to, guidance):
         logits = self.logits(h, to).float()
@@ -345,15 +436,24 @@ class BiART(nn.Module):
         place = self.place(to, GEN)
         done = torch.zeros(rows, dtype=torch.bool, device=ref.device)
         logits, cache = self.begin(ref, to, n, prefix, guidance)
-        for i in range(given, total):
-            token = sample(logits, uniform[:, i], temperature, top_k, top_p)
+        at = torch.tensor([start + given], device=ref.device)  # where the next token stands
+
+        def step(limit):
+            """In place and without a look at any value, so that a graph can replay it."""
+            token = sample(logits, uniform.index_select(1, at - start)[:, 0], temperature, top_k, top_p)
             if to == "text":
                 token = torch.where(done, c.pad_token, token)
-                done |= token == c.end_token
-            out[:, i] = token
-            if i + 1 == total or (to == "text" and done.all()):
+                done.logical_or_(token == c.end_token)
+            out.index_copy_(1, at - start, token[:, None])
+            x = self.token[to](token) + place.index_select(0, at - start)
+            logits.copy_(self.advance(x, at, limit, to, cache, guidance))
+            at.add_(1)
+
+        step = Replayed(step) if ref.is_cuda else step
+        for i in range(given, total):
+            step(min(start + total, -(-(start + i + 1) // 128) * 128))  # a longer look at the cache every 128 tokens
+            if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for the answer
                 break
-            logits = self.advance(self.token[to](token) + place[i], start + i, to, cache, guidance)
         return out
 
     @torch.no_grad()
@@ -393,8 +493,32 @@ class BiART(nn.Module):
             rows = rows if guidance == 1 else torch.cat([rows, rows + len(rows)])
             found = slice(c.n_image + given, c.n_image + i)  # of the cache only this differs between an image's beams
             cache[..., found, :] = cache[:, :, rows, :, found]
-            x = self.token["text"](token.flatten()) + place[i]
-            logits = self.advance(x, c.n_image + i, "text", cache, guidance)
+            x, at = self.token["text"](token.flatten()) + place[i], torch.tensor([c.n_image + i], device=image.device)
+            logits = self.advance(x, at, c.n_image + i + 1, "text", cache, guidance)
+
+
+class Replayed:
+    """
+    step(limit) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each limit the first
+    call runs as it is, which also warms up, and the second records.
+    """
+    def __init__(self, step):
+        self.step, self.graphs = step, {}
+
+    def __call__(self, limit):
+        if limit not in self.graphs:
+            self.graphs[limit] = None
+            return self.step(limit)
+        if self.graphs[limit] is None:
+            self.graphs[limit] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graphs[limit]):
+                self.step(limit)
+        self.graphs[limit].replay()
+
+
+def positions(B, T, first, device):
+    """LongTensor of where the positions from `first` on lie among B * T, sequence by sequence: (B * (T - first),)."""
+    return torch.arange(B * T, device=device).view(B, T)[:, first:].flatten()
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -404,12 +528,14 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits, order = (logits / temperature).sort(dim=-1, descending=True)
-    if top_k:
-        logits[:, top_k:] = -torch.inf
-    p = logits.softmax(-1)
+    ranked = bool(top_k) or top_p < 1
+    if ranked:  # the likeliest first
+        logits, order = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
+    p = (logits / temperature).softmax(-1)
     if top_p < 1:  # drop what lies wholly behind the first top_p of the mass; the likeliest always stays
         p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
     cumulative = p.cumsum(-1)
-    rank = torch.searchsorted(cumulative, (uniform * cumulative[:, -1])[:, None], right=True)
-    return order.gather(1, rank.clamp_max((p > 0).sum(-1, keepdim=True) - 1))[:, 0]
+    total = cumulative[:, -1:]
+    below = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, below, right=True)  # the first whose cumulative probability is above
+    return (order.gather(1, token) if ranked else token)[:, 0]

@@ -34,9 +34,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import nn
 from torchvision.transforms import RandomResizedCrop
 
 import augvae
+import biart as biart_module
 import data
 import sample as sample_module
 import tokenizer as tokenizer_module
@@ -1122,6 +1124,42 @@ def test_augvae_config_names_what_does_not_fit(field, value, message):
         dataclasses.replace(TINY, **{field: value})
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_convolution_equals_its_plain_version(dtype, dropout):
+    config = AugVAEConfig(hidden=8, n_groups=2)
+    torch.manual_seed(0)
+    fused = augvae.NormSiLUConv(8, 6, config, dropout)
+    nn.init.normal_(fused.norm.weight)
+    nn.init.normal_(fused.norm.bias)
+    low = dtype if dtype is torch.bfloat16 else torch.float32
+    fused.to(torch.float64 if dtype is torch.float64 else torch.float32)
+    x = torch.randn(3, 8, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        for ours in (True, False):
+            torch.manual_seed(1)  # the same dropout mask
+            if ours:
+                y = fused(x)
+            else:
+                keep = F.dropout(torch.ones_like(x), dropout) if dropout else 1
+                y = fused.conv(F.silu(fused.norm(x)) * keep)
+            torch.manual_seed(2)
+            seen.append([y, *torch.autograd.grad((y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum(), [x, *fused.parameters()])])
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(*seen):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
+    assert low == seen[0][0].dtype or dtype is torch.float64
+
+
+def test_the_fused_convolution_keeps_its_input_alone():
+    layer, held = augvae.NormSiLUConv(8, 8, AugVAEConfig(hidden=8, n_groups=2)), []
+    x = torch.randn(2, 8, 16, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
+        layer(x)
+    assert [t.data_ptr() for t in held if t.numel() >= x.numel()] == [x.data_ptr()]
+
+
 def test_upsample_is_nearest_then_convolution():
     torch.manual_seed(0)
     up, x = Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
@@ -1449,6 +1487,7 @@ def test_released_weights_give_released_numbers(c, single_level, tokens, pixels,
     (error + loss).backward()
     parameters = dict(vae.named_parameters())
     for name, norm in norms.items():
+        name = name.replace("conv_out", "conv_out.conv")
         assert parameters[f"{name}.weight"].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
     # one-way and lossless: saved and read again as one of ours
     stage = "augvae_sl" if single_level else "augvae_ml"
@@ -1499,7 +1538,7 @@ def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
             ("asks to run .*AugVAEConfig", {"callbacks": TINY}),
             ("'hyper_parameters'|'args'", {"hyper_parameters": {}}), ("resolution", {"hyper_parameters": {"args": argparse.Namespace()}}),
             ("encoders.0.conv_in.weight", {"state_dict": {}}),
-            ("norm_out.bias is absent", {"state_dict": {k: v for k, v in state.items() if k != "encoders.0.norm_out.bias"}}),
+            ("conv_out.norm.bias is absent", {"state_dict": {k: v for k, v in state.items() if k != "encoders.0.norm_out.bias"}}),
             (r"decoders.0.extra is \(2,\), and not absent", {"state_dict": {**state, "decoders.0.extra": torch.ones(2)}}),
             ("one weight for all post_quants", {"state_dict": {**state, "post_quants.1.weight": torch.ones(32, 32, 1, 1)}}),
             (r"conv_in.weight is \(32, 1, 3, 3\)", {"state_dict": {**state, "encoders.0.conv_in.weight": torch.ones(32, 1, 3, 3)}}),
@@ -1622,6 +1661,63 @@ def biart(seed=0, **changes):
     return model
 
 
+@pytest.mark.parametrize("rows", [1, 2, 16, 40])  # up to 16 go weight first
+@pytest.mark.parametrize("kind", ["norm", "norm without bias", "gelu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
+    torch.manual_seed(0)
+    layer = biart_module.GELULinear(12, 20) if kind == "gelu" else biart_module.NormLinear(12, 20, kind == "norm")
+    if kind != "gelu":
+        nn.init.normal_(layer.norm.weight)
+        nn.init.normal_(layer.norm.bias)
+    x = torch.randn(rows, 1, 12, requires_grad=True)
+
+    def plain(x):
+        return F.linear(F.gelu(x) if kind == "gelu" else layer.norm(x), layer.weight, layer.bias)
+
+    seen = []
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        for f in (layer, plain):
+            y = f(x)
+            torch.manual_seed(1)
+            seen.append([y, *torch.autograd.grad((y.float() * torch.randn(y.shape)).sum(), [x, *layer.parameters()])])
+            with torch.no_grad():
+                assert torch.equal(f(x), y)
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
+    for a, b in zip(*seen):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("chunk", [1, 70, 2 ** 22])
+def test_chunked_cross_entropy_equals_its_plain_version(chunk, monkeypatch):
+    monkeypatch.setattr(biart_module.LinearCrossEntropy, "chunk", chunk)
+    torch.manual_seed(0)
+    h, weight = torch.randn(9, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
+    targets, share = torch.randint(0, 20, (9,)), torch.rand(9)
+    total, nll = biart_module.LinearCrossEntropy.apply(h, weight, targets, share, True)
+    plain = F.cross_entropy(h @ weight.t(), targets, reduction="none")
+    assert torch.allclose(nll, plain) and torch.allclose(total, (plain * share).sum())
+    for a, b in zip(torch.autograd.grad(3 * total, [h, weight]), torch.autograd.grad(3 * (plain * share).sum(), [h, weight])):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_blocks_keep_no_norm_and_no_gelu():
+    """Of what a block could keep for the backward pass: its input, q k v, attention's output, the middle, the hidden layer."""
+    block, held = biart_module.Block(GPT), {}
+    parameters = {p.data_ptr() for p in block.parameters()}
+    x = torch.randn(2, 24, 16, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
+        block(x)
+    sizes = [t.untyped_storage().nbytes() / x.untyped_storage().nbytes() for k, t in held.items() if k not in parameters]
+    assert sum(size for size in sizes if size >= 1) == 10
+
+
+def test_the_last_block_goes_on_with_chosen_rows():
+    model, (text, image) = biart(), captions_and_codes()
+    x, rows = model.sequence(text, image, "image"), torch.tensor([3, 14, 20, 59])
+    assert torch.allclose(model.trunk(x, rows), model.trunk(x).flatten(0, 1)[rows], atol=1e-6)
+
+
 @pytest.mark.parametrize("positions", ["modality", "sequence"])
 @pytest.mark.parametrize("to", ["image", "text"])
 def test_no_token_sees_the_future(to, positions):
@@ -1687,7 +1783,7 @@ def test_reference_loss_is_an_option():
 def test_padding_is_not_scored():
     model, (text, image) = biart(), captions_and_codes()
     with torch.no_grad():
-        model.head["text"].weight[19] += 5  # what the padding's own score does cannot matter: it is never a target
+        model.token["text"].weight[19] += 5  # what the padding's own score does cannot matter: it is never a target
     _, count = model.log_likelihood(text, image, "text")
     assert count.tolist() == [3, 6, 4, 5]
 
@@ -1835,7 +1931,7 @@ def brute_force_beam(model, image, width, guidance):
 def test_beams_against_a_search_without_cache(guidance):
     model, (_, image) = biart(seed=5), captions_and_codes(3)
     with torch.no_grad():
-        model.head["text"].weight[18] += 0.3  # so that captions end at different lengths
+        model.token["text"].weight[18] += 0.3  # so that captions end at different lengths
         expected = [brute_force_beam(model, row[None], 4, guidance) for row in image]
     assert model.beam_search(image, 4, guidance=guidance)[0].tolist() == expected
     greedy = model.generate(image, "text", temperature=0, guidance=guidance)

@@ -661,8 +661,8 @@ class Muon(torch.optim.AdamW):
 
 def make_optimizer(model, config, context):
     """Weight decay for all weights of two and more dimensions; with muon, those inside layers are orthogonalised."""
-    layers = {module.weight for name, module in model.named_modules() if config.optimizer == "muon"
-              and isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)) and not name.startswith("head.")}
+    layers = {module.weight for module in model.modules() if config.optimizer == "muon"
+              and isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
     hidden = [p for p in model.parameters() if p in layers]
     decay = [p for p in model.parameters() if p.dim() >= 2 and p not in layers]
     rest = [p for p in model.parameters() if p.dim() < 2]
