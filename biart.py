@@ -15,6 +15,7 @@ References:
 3) Classifier-free guidance, Ho & Salimans 2022, https://arxiv.org/abs/2207.12598.
 """
 import math
+import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -225,6 +226,7 @@ class BiART(nn.Module):
     Text is LongTensor (B, n_text), padded behind its end token; images are LongTensor (B, n_image), row by row.
     A direction is named by what it generates: to="image" or to="text".
     """
+    replayed = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as those of a sharded model do
 
     def __init__(self, config):
         super().__init__()
@@ -388,7 +390,7 @@ class BiART(nn.Module):
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed(ref, OTHER[to], REF, null), self.embed(prefix, to, GEN)], dim=1)
         B, T, _ = x.shape
-        cache = self.new_cache(B, self.blocks[0].attn.c_attn(x[:1, :1]).dtype)  # the type that keys have under autocast
+        cache = self.new_cache(B, F.linear(x[0, :1], x[0, :1]).dtype)  # the type of products, under autocast too
         h = self.trunk(x, positions(B, T, T - 1, x.device), cache, torch.arange(T, device=x.device))
         return self.next_scores(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
 
@@ -449,7 +451,7 @@ class BiART(nn.Module):
             logits.copy_(self.advance(x, at, limit, to, cache, guidance))
             at.add_(1)
 
-        step = Replayed(step) if ref.is_cuda else step
+        step = Replayed(step) if ref.is_cuda and self.replayed else step
         for i in range(given, total):
             step(min(start + total, -(-(start + i + 1) // 128) * 128))  # a longer look at the cache every 128 tokens
             if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for the answer
@@ -500,19 +502,27 @@ class BiART(nn.Module):
 class Replayed:
     """
     step(limit) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each limit the first
-    call runs as it is, which also warms up, and the second records.
+    call runs as it is, which also warms up, and the second records. A device without graphs is found out by trying.
     """
     def __init__(self, step):
-        self.step, self.graphs = step, {}
+        self.step, self.graphs, self.works = step, {}, True
 
     def __call__(self, limit):
-        if limit not in self.graphs:
+        if limit not in self.graphs or not self.works:
             self.graphs[limit] = None
             return self.step(limit)
         if self.graphs[limit] is None:
-            self.graphs[limit] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graphs[limit]):
-                self.step(limit)
+            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+            try:
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on, a loader's for one
+                    self.step(limit)
+            except RuntimeError as e:  # nothing of the step has run yet
+                torch.cuda.set_stream(stream)
+                torch.cuda.synchronize()
+                warnings.warn(f"no CUDA graphs here, decoding goes kernel by kernel ({e})", stacklevel=2)
+                self.works = False
+                return self.step(limit)
+            self.graphs[limit] = graph
         self.graphs[limit].replay()
 
 

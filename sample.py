@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import statistics
 import sys
 import time
 from collections import Counter
@@ -50,10 +51,13 @@ from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, 
 
 @dataclass
 class SampleConfig:
+    # The run
     out_dir: str = "out"  # the run to use, as train.py's
-    vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
     best: bool = False  # use BiART's checkpoint of the lowest validation loss, not the last
+    vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
     save_dir: str = ""  # where to put what is made; empty is out_dir
+    html: bool = False  # put the run's curves and grids, the samples and the scores on one page
+    # What to do; without any of these, both directions on validation items
     prompt: str = ""  # paint this caption
     prompts: str = ""  # paint the captions in this text file, one a line
     image: tuple[str, ...] = ()  # caption these image files, and all images in these folders
@@ -64,7 +68,9 @@ class SampleConfig:
     eval: bool = False  # score reconstruction and both directions on validation data
     eval_items: int = 200  # validation items to score
     eval_pairs: int = 64  # so many of them for retrieval, each image against each caption
-    html: bool = False  # put the run's curves and grids, the samples and the scores on one page
+    bench: bool = False  # measure decoding of a model of 12 x 512 instead, in float32 unless --dtype says otherwise
+    json: bool = False  # bench: print one JSON object last
+    # How to sample, in both directions
     n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
     batch_size: int = 64  # samples made at a time; the results are the same
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
@@ -76,8 +82,10 @@ class SampleConfig:
     rerank_forward: float = 0.2  # share of log p(candidate | input) in that score; 0 is log p(input | candidate) alone
     beam: int = 0  # caption by a search with this many beams; 0 samples
     length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
+    # Where and how to compute
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
+    # Weights for --eval
     fid_weights: str = ""  # file of Inception's, for FID; empty looks in torch hub's cache
     vgg_weights: str = ""  # file of VGG-16's, for LPIPS; empty looks in torch hub's cache
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
@@ -147,7 +155,7 @@ class Run:
             if checkpoint[name] != print_:
                 where = self.config.vae if name == "augvae" and self.config.vae else self.config.out_dir
                 raise ValueError(f"{path} was trained with another {name} than the one in {where}")
-        self.biart = restore(BiART, BiARTConfig, checkpoint).to(self.context.device)
+        self.biart = restore(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
         return self
 
     def encode(self, images):
@@ -777,10 +785,62 @@ def write_page(run):
     print(f"wrote {path}")
 
 
+# -----------------------------------------------------------------------------
+# Measurements
+
+@torch.no_grad()
+def bench(config, rounds=3):
+    """
+    Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at batch 1 and 8; a
+    whole image of 1024 tokens; how much longer a token takes at the end of that; the cost of guidance.
+    """
+    context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
+    torch.manual_seed(0)
+    before = context.peak_gb()
+    short, whole = (BiART(BiARTConfig(n_layer=12, n_head=8, n_embd=512, image_side=side)).eval()
+                    .to(context.device, context.dtype) for side in (16, 32))
+    text = torch.randint(0, short.config.end_token, (8, 64), device=context.device)
+
+    def seconds(model, batch, left=None, **settings):
+        """Of painting all tokens, or the last `left`."""
+        codes = text.new_zeros(batch, model.config.n_image)
+        times = [context.seconds(lambda: model.generate(
+            text[:batch], "image", prefix=codes[:, :-left] if left else None, **settings)) for _ in range(rounds + 1)]
+        return statistics.median(times[1:])
+
+    weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
+    memory = torch.empty(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
+    bandwidth = memory.nbytes / min(context.seconds(memory.sum) for _ in range(5))  # bytes/s of reading
+    measured = {"tokens_per_s": {}, "share_of_floor": {}}
+    for batch in (1, 8):
+        taken = seconds(short, batch)
+        cache = short.new_cache(batch, context.dtype).nbytes * (64 + 320) / 2 / 320  # half full on average
+        floor = (weights * text.new_empty(0, dtype=context.dtype).element_size() + cache) * 256 / bandwidth
+        measured["tokens_per_s"][str(batch)] = batch * 256 / taken
+        measured["share_of_floor"][str(batch)] = floor / taken
+        print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, {floor / taken:.0%} of what reading "
+              f"weights and cache at {bandwidth / 1e9:.0f} GB/s allows", flush=True)
+        if batch == 1:
+            measured["guidance_cost"] = seconds(short, 1, guidance=2.0) / taken
+            measured["image_s"] = seconds(whole, 1)
+            measured["growth"] = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (taken / 256)
+            print("guidance costs {guidance_cost:.2f} times as much; a whole image of 1024 tokens takes {image_s:.1f} s; "
+                  "a token at its end takes {growth:.2f} times as long".format(**measured), flush=True)
+    return {**measured, "median_s": 256 / measured["tokens_per_s"]["1"], "peak_gb": context.peak_gb() - before,
+            "device": context.name(), "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
+
+
+# -----------------------------------------------------------------------------
+
 def main(argv):
     given = Parser((SampleConfig, DataConfig), {}, description=__doc__).settings(argv)
     config = configure(given, "", SampleConfig)[0]
     check(config, given)
+    if config.bench:
+        measured = bench(config)
+        if config.json:
+            print(json.dumps(measured))
+        return
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     run, scores = Run(config), None
     if config.reconstruct:

@@ -17,9 +17,11 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -1848,6 +1850,41 @@ def test_generated_tokens_belong_to_their_modality():
         assert 19 not in row
 
 
+@pytest.mark.parametrize("works", [True, False])
+def test_graphs_record_the_second_call_and_replay_from_then_on(works, monkeypatch):
+    done, recording = [], []
+
+    @contextlib.contextmanager
+    def record(graph, capture_error_mode):
+        recording.append(graph)
+        if not works:
+            raise RuntimeError("operation not permitted")
+        yield
+        recording.pop()
+
+    class Graph:
+        def replay(self):
+            done.append(self.limit)
+
+    def step(limit):
+        if recording:  # what is recorded does not run
+            recording[-1].limit = limit
+        else:
+            done.append(limit)
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", record)
+    for name in ("current_stream", "synchronize", "set_stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: recording.clear())
+    replayed, limits = biart_module.Replayed(step), [128, 128, 128, 256, 256, 256]
+    for limit in limits[:1]:
+        replayed(limit)
+    with contextlib.nullcontext() if works else pytest.warns(UserWarning, match="no CUDA graphs here"):
+        for limit in limits[1:]:
+            replayed(limit)
+    assert done == limits
+
+
 def test_a_sample_depends_on_its_own_seed_alone():
     model, (text, _) = biart(), captions_and_codes(4)
     together = model.generate(text, "image", seeds=[11, 12, 13, 14])
@@ -1870,7 +1907,10 @@ def test_sampling_distribution():
     kept = torch.tensor([p[0], 0, 0, 0, p[4]]) / (p[0] + p[4])
     assert torch.allclose(shares(top_p=0.7), kept, atol=2e-3)
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
-    assert sample(logits, torch.tensor([1 - 1e-7])).item() == 3
+    for end in (1 - 1e-7, 1.0):  # the last of the cumulative distribution, never a token beyond or of no probability
+        assert sample(logits, torch.tensor([end])).item() == 4
+        assert sample(logits, torch.tensor([end]), top_k=3).item() == 1
+        assert sample(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([end])).item() == 1
 
 
 def every_caption(prefix):
@@ -2487,7 +2527,7 @@ def test_settings_of_data_that_contradict_are_refused(tmp_path):
         (["--stage=augvae_ml"], "holds no image"),
         (["--stage=augvae_ml", "--epochs=1", "--max_iters=3"], "--epochs 1.0 and --max_iters 3"),
         (["--stage=augvae_ml", "--epochs=-1"], "--epochs -1.0"),
-        (["--bench=gpu"], "--bench 'gpu' is none of: data"),
+        (["--bench=gpu"], "--bench 'gpu' is none of: augvae, codebook, biart, data"),
     ]:
         with pytest.raises(ValueError, match=message):
             train.main([*where, *arguments])
@@ -2507,14 +2547,37 @@ def test_sampling_refuses_data_without_captions(finished, tmp_path):
 
 
 def test_bench_data_measures_both(capsys, monkeypatch):
-    monkeypatch.setitem(train.BENCHES, "data", lambda config: bench_data(
-        config, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
+    monkeypatch.setitem(train.BENCHES, "data", lambda given, context: bench_data(
+        given, context, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
     bench_data = train.bench_data
     train.main(["--bench=data", "--json"])
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["median_s"] > 0
-    assert len(lines) == len(found["images_s"]) == 2 and all("torchvision" in line for line in lines)
+    assert len(lines) == 3 and len(found["images_s"]) == 2 and all("torchvision" in line for line in lines[:2])
+
+
+@pytest.mark.parametrize("what, sizes", [
+    ("augvae", ["--image_size=32", "--levels=8,4", "--hidden=8", "--n_groups=2", "--codebook_size=16", "--z_channels=8",
+                "--checkpoint_activations"]),
+    ("codebook", ["--codebook_size=16", "--codebook_dim=4", "--batch_size=1"]),
+    ("biart", ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_text=8", "--dtype=bfloat16"])])
+def test_benches_of_training_measure(what, sizes, capsys):
+    train.main([f"--bench={what}", "--json", "--device=cpu", *sizes])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["device"] == "cpu"
+    assert found["dtype"] == ("bfloat16" if what == "biart" else found["dtype"]) and found["median_s"] > 0
+    assert found["min_s"] <= found["median_s"] <= found["max_s"]
+
+
+def test_the_bench_of_sampling_measures(capsys, monkeypatch):
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "text_vocab": 20, "end_token": 18, "pad_token": 19, "image_vocab": 12}
+    monkeypatch.setattr(sample_module, "BiARTConfig", lambda n_layer, n_head, n_embd, image_side: BiARTConfig(
+        image_side=image_side * 3 // 8, **sizes))
+    sample_module.main(["--bench", "--json", "--device=cpu"])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found["tokens_per_s"]) == {"1", "8"} and found["tokens_per_s"]["1"] > 0 and found["dtype"] == "float32"
+    assert {"median_s", "peak_gb", "device", "size", "guidance_cost", "image_s", "growth", "share_of_floor"} <= set(found)
 
 
 def test_last_best_and_older_checkpoints(finished, tmp_path):
@@ -2874,3 +2937,31 @@ def test_imports_are_quiet_and_one_way(module):
             "print(sorted({'train', 'sample'} & set(sys.modules)))")
     printed = python("-c", code).strip()
     assert printed == {"train": "['train']", "sample": "['sample', 'train']"}.get(module, "[]")
+
+
+# -----------------------------------------------------------------------------
+# README.md
+
+README = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
+CHANGES = re.findall(r"```diff\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)  # a diff, and the commands below it
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="changes are applied by git")
+@pytest.mark.parametrize("diff, commands", CHANGES)
+def test_the_changes_in_the_readme_can_be_made_and_run(diff, commands, tmp_path):
+    for name in ("augvae", "biart", "data", "sample", "tokenizer", "train"):
+        shutil.copy(os.path.join(HERE, f"{name}.py"), tmp_path)
+    subprocess.run(["git", "apply", "--recount", "-C1", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    assert sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines() if line) <= 15
+    noise(tmp_path / "IMAGES" / "cats" / "0.png", 0)
+    noise(tmp_path / "IMAGES" / "dogs" / "1.png", 1)
+    for command in commands.splitlines():
+        script, *given = shlex.split(command.split("#")[0])[1:]
+        small = [*MINIATURE, "--device=cpu"] if script == "train.py" else []
+        process = subprocess.run([sys.executable, script, *map(str, small), *given], cwd=tmp_path, capture_output=True,
+                                 text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_the_readme_names_every_change_it_promises():
+    assert len(CHANGES) == 4

@@ -9,8 +9,8 @@ On your own captioned pictures, in the MS-COCO layout:
 $ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
 
 On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
-$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 \
-      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val --batch_size 4 --epochs 2
+$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 --batch_size 4 --epochs 2 \\
+      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val
 
 A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
 (pictures as training goes), tokenizer.json. sample.py reads it.
@@ -46,9 +46,10 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from augvae import LPIPS, AugVAE, AugVAEConfig, ResBlock, from_lightning, read_plain
+from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, ResBlock, from_lightning, read_plain
 from biart import BiART, BiARTConfig, Block
 from data import DataConfig
 from tokenizer import Tokenizer
@@ -58,47 +59,53 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 
 @dataclass
 class TrainConfig:
+    # The run
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
     preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64 px), released (256 px), original (trained as in the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
-    seed: int = 1337  # of initial weights, order and crops
-    batch_size: int = 8  # images per rank and micro-step
-    gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     init_from: str = ""  # AugVAE that this run's first stage begins with: our checkpoint or a released one
+    seed: int = 1337  # of initial weights, order and crops
+    # How long, and how fast it learns
     max_iters: int = 100000  # optimizer steps of a stage
     epochs: float = 0.0  # passes over the training data, instead of max_iters
+    batch_size: int = 8  # images per rank and micro-step
+    gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     learning_rate: float = 1e-4  # after warm-up
     scale_lr: bool = False  # multiply learning_rate by the number of images in a step
     schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
-    min_lr: float = 1e-6  # at the end of the schedule
     warmup_iters: int = 100  # steps of linear warm-up
-    weight_decay: float = 1e-5  # on weights of two and more dimensions
+    min_lr: float = 1e-6  # at the end of the schedule
     optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for the matrices inside layers, AdamW for the rest
+    weight_decay: float = 1e-5  # on weights of two and more dimensions
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
     grad_clip: float = 1.0  # largest norm of the gradient; 0 does not clip
-    checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass instead of keeping them
-    shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
+    # AugVAE's training
     loss: str = "l2"  # AugVAE's loss between images: l2, l1, or either with LPIPS: lpips_l2, lpips_l1
     lpips_weight: float = 0.1  # of LPIPS in that
     vgg_weights: str = ""  # torchvision's VGG-16, for LPIPS; empty: from the torch hub cache, or a download
     lpips_weights: str = ""  # LPIPS's own weights for VGG-16; empty: as above
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
+    # BiART's text and tokens
     vocab_size: int = 8192  # largest text vocabulary to train
     tokenizer: str = ""  # vocabulary to use instead of training one: tokenizer.json or CLIP's .txt.gz
+    cache_tokens: str = ""  # folder of the data as tokens, for runs to share; empty: tokens/ in out_dir
+    cache_crops: int = 1  # random crops of a training image to keep the tokens of; 1 is the centre crop
+    # What is looked at and kept
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
     log_interval: int = 10  # steps between log lines
     keep: int = 1  # older checkpoints kept beside the last and the best
-    cache_tokens: str = ""  # folder of the data as tokens, for runs to share; empty: tokens/ in out_dir
-    cache_crops: int = 1  # random crops of a training image to keep the tokens of; 1 is the centre crop
-    bench: str = ""  # measure instead of training: data (images/s of the loader)
-    json: bool = False  # bench: print one JSON object last
+    # Where and how to compute
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
+    checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass instead of keeping them
+    shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
+    bench: str = ""  # measure instead of training: a step of augvae or biart, the codebook, or reading of data
+    json: bool = False  # bench: print one JSON object last
 
 
 # What a preset sets: under "" for every stage, then for one.
@@ -110,7 +117,7 @@ PRESETS = {
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
         "augvae_sl": {"batch_size": 8, "max_iters": 800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
+        "biart": {"batch_size": 32, "max_iters": 3300, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
                   "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 500, "log_interval": 50},
     },
     "small": {
@@ -158,20 +165,23 @@ PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][s
 # Settings: one command line, made from the fields of the dataclasses
 
 class Parser(argparse.ArgumentParser):
-    """`--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the result."""
+    """
+    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the result. The
+    help is the comments: one beside each field, and one on a line of its own, or the class's name, above a group of them.
+    """
 
     def __init__(self, classes, defaults, **kwargs):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **kwargs)
+        super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs, formatter_class=lambda prog:
+                         argparse.RawDescriptionHelpFormatter(prog, max_help_position=38, width=170))
         for cls in classes:
-            group = self.add_argument_group(cls.__name__)
-            comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(cls), re.MULTILINE))
-            for f in dataclasses.fields(cls):
-                if f.metadata.get("derived"):
-                    continue
-                note = f"{comments.get(f.name, '')} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
-                read, metavar, extra = kinds[f.type]
-                group.add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS, metavar=metavar,
-                                   help=note.strip(), **extra)
+            group, fields = None, {f.name: f for f in dataclasses.fields(cls)}
+            for title, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(cls), re.MULTILINE):
+                if title or group is None:
+                    group = self.add_argument_group(title or cls.__name__.removesuffix("Config"))
+                if name and not fields[name].metadata.get("derived"):
+                    read, metavar, extra = kinds[fields[name].type]
+                    note = f"{note} [{defaults.get(name, fields[name].default)}]".replace("%", "%%")
+                    group.add_argument(f"--{name}", type=read, default=argparse.SUPPRESS, metavar=metavar, help=note, **extra)
 
     def settings(self, argv):
         """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
@@ -391,6 +401,27 @@ class Context:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def seconds(self, function):
+        """How long a call takes, what it leaves the device to do included."""
+        self.synchronize()
+        began = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def peak_gb(self):
+        """The most memory held so far: of tensors on a GPU, of the whole process on a CPU. GB are 2^30 bytes."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
+
+    def name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
     def wait(self):
         """For all ranks to have come this far."""
@@ -691,6 +722,7 @@ def shard(model):
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
+    model.replayed = False
     register_fsdp_forward_method(model, "generate")
 
 
@@ -987,6 +1019,84 @@ class Log:
 # -----------------------------------------------------------------------------
 # Measurements
 
+# What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes are the released
+# ones, or fixed ones to compare by, unless given on the command line; presets have no say.
+
+def sized(cls, given, **sizes):
+    values = {**sizes, **given}
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+
+
+def timed(step, context, unit, units, rounds=5):
+    """Median time of step(), after two calls for warm-up, and what it is of the fastest that the device could do."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    step()
+    seconds = [context.seconds(step) for _ in range(rounds)]
+    median, n = statistics.median(seconds), 8192 if context.device.type == "cuda" else 2048
+    a = torch.randn(n, n, device=context.device, dtype=context.dtype)
+    peak = 2 * n ** 3 / min(context.seconds(lambda: a @ a) for _ in range(10))
+    flops = counter.get_total_flops()
+    print(f"{median:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), {units / median:,.1f} {unit}/s, "
+          f"{flops / 1e9:,.0f} GFLOP in products, {flops / median / peak:.0%} of what one large product reaches", flush=True)
+    return {"median_s": median, "min_s": min(seconds), "max_s": max(seconds), f"{unit}_per_s": units / median,
+            "share_of_peak": flops / median / peak}
+
+
+def training_step(objective, config, context, *batch):
+    """A step of training as train() does it, on the same batch again and again."""
+    objective.train().to(context.device)
+    if config.checkpoint_activations:
+        checkpoint_activations(objective.model)
+    optimizer, scaler = make_optimizer(objective.model, config, context), context.scaler()
+    wrapped, batch = torch.compile(objective) if config.compile else objective, [x.to(context.device) for x in batch]
+
+    def step():
+        with context.autocast():
+            loss, _ = wrapped(*batch)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        objective.after_step(False)
+    return step
+
+
+def bench_augvae(given, context):
+    """A training step of AugVAE-ML; released: 256 pixels, 2 images."""
+    config, sizes = sized(TrainConfig, given, batch_size=2), sized(AugVAEConfig, given)
+    images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
+    step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, images)
+    return {**timed(step, context, "images", len(images), rounds=3), "size": list(images.shape)}
+
+
+def bench_codebook(given, context):
+    """32,768 vectors of 256 against 8192 codes: forward, backward and the codebook's own step."""
+    config, sizes = sized(TrainConfig, given, batch_size=8), sized(AugVAEConfig, given)
+    codebook = Codebook(sizes).to(context.device)
+    z = torch.randn(config.batch_size, sizes.codebook_dim, 64, 64, device=context.device, requires_grad=True)
+
+    def step():
+        z_q, codes, loss = codebook(z)
+        (z_q.sum() + loss).backward()
+        codebook.collect(z, codes)
+        codebook.update()
+    n = len(z) * 64 * 64
+    return {**timed(step, context, "vectors", n), "size": [n, sizes.codebook_dim, sizes.codebook_size]}
+
+
+def bench_biart(given, context):
+    """A training step of BiART, 12 layers of 512, on 64 + 1024 tokens, 2 samples: one each way."""
+    config = sized(TrainConfig, given, batch_size=2)
+    model = BiART(sized(BiARTConfig, given, n_layer=12, n_head=8, n_embd=512))
+    c, B = model.config, config.batch_size
+    text, image = torch.randint(0, c.end_token, (B, c.n_text)), torch.randint(0, c.image_vocab, (B, c.n_image))
+    step = training_step(BiARTObjective(model, None, None), config, context, text, image, torch.zeros(B, dtype=torch.bool))
+    return {**timed(step, context, "tokens", B * (c.n_text + c.n_image)), "size": [c.n_layer, c.n_embd, c.n_text + c.n_image, B]}
+
+
 def photograph(width, height):
     """Smooth colours and the grain of a camera, which as JPEG of quality 90 take 1.5 to 2 bits a pixel."""
     smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), Image.BICUBIC)
@@ -995,7 +1105,7 @@ def photograph(width, height):
     return Image.blend(colours, Image.effect_noise((width, height), 40).convert("RGB"), 0.1)
 
 
-def bench_data(_config, size=256, rounds=7, seconds=0.5,
+def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
                sources=((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2))):
     """
     Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's
@@ -1028,12 +1138,10 @@ def bench_data(_config, size=256, rounds=7, seconds=0.5,
         print(f"{width} x {height} JPEG to {size} x {size}: {ours:.0f} images/s per core, "
               f"torchvision {theirs:.0f}, {ours / theirs:.2f} times as many", flush=True)
     torch.set_num_threads(threads)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-    return {"median_s": 1 / next(iter(medians.values()))["ours"], "peak_gb": peak, "device": "cpu",
-            "dtype": "float32", "size": size, "images_s": medians}
+    return {"median_s": 1 / next(iter(medians.values()))["ours"], "size": size, "images_s": medians}
 
 
-BENCHES = {"data": bench_data}
+BENCHES = {"augvae": bench_augvae, "codebook": bench_codebook, "biart": bench_biart, "data": bench_data}
 
 
 # -----------------------------------------------------------------------------
@@ -1055,7 +1163,11 @@ def main(argv):
     if config.bench:
         if config.bench not in BENCHES:
             raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
-        measured = BENCHES[config.bench](config)
+        context = Context(config.device, config.dtype, wide=True)
+        before = context.peak_gb()
+        measured = BENCHES[config.bench](given, context)
+        measured.update(peak_gb=context.peak_gb() - before, device=context.name(), dtype=str(context.dtype)[6:])
+        print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, {measured['dtype']}")
         if config.json:
             print(json.dumps(measured))
         return
