@@ -387,15 +387,25 @@ def list_lines(path):
 
 
 @contextlib.contextmanager
-def whole(path):
-    """Open a file for writing that appears under its name when all is written, or not at all."""
-    part = f"{path}.{os.getpid()}.part"
+def written(path, aside=None, part=None):
+    """
+    Open a file for writing that appears under its name when all is written and on disk, or not at all. `aside` is the name
+    that the present file at path, if it is to be kept, takes at the last moment; `part` the temporary one, if not a name of
+    this process alone. Raises OSError where it cannot be written; what was there before is untouched.
+    """
+    part = part or f"{path}.{os.getpid()}.part"
     try:
         with open(part, "wb") as f:
             yield f
+            f.flush()
+            os.fsync(f.fileno())
+        if aside:
+            os.replace(path, aside)
         os.replace(part, path)
+    except (OSError, RuntimeError) as e:  # torch.save turns a full disk into a RuntimeError
+        raise OSError(f"{path} could not be written ({e}); what was there before is untouched") from None
     finally:
-        if os.path.exists(part):
+        with contextlib.suppress(OSError):
             os.remove(part)
 
 
@@ -675,10 +685,10 @@ def read_index(path, index_dir):
     except OSError as e:  # which may pass, and so is not kept
         return np.zeros(0, MEMBER), f"tar shard {path} cannot be read ({e.strerror})"
     try:
-        with whole(kept) as f:
+        with written(kept) as f:
             np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
     except OSError as e:
-        raise OSError(f"the index {kept} cannot be written ({e.strerror}): name an --index_dir") from None
+        raise OSError(f"the index {e}; --index_dir names another folder for it") from None
     return samples, fault
 
 
@@ -949,7 +959,7 @@ def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=s
             shutil.rmtree(folder)
         os.makedirs(folder, exist_ok=True)
         if not os.path.exists(described):
-            with whole(described) as f:
+            with written(described) as f:
                 f.write(json.dumps(key).encode())
     add(torch.zeros(1))
     differ = [name for name, value in key.items() if read_key(described).get(name) != value]
@@ -1005,7 +1015,7 @@ def encode_parts(source, encode, parts, batch_size, rank):
                 counts.append(len(ids))
                 cut += n_cut
         if last:
-            with whole(path) as f:
+            with written(path) as f:
                 np.savez(f, codes=np.concatenate(codes) if codes else np.zeros(0, np.uint16),
                          texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64),
                          cut=np.array(cut))
@@ -1038,7 +1048,7 @@ def join_parts(folder, parts):
                 row += len(part[name])
         joined.flush()
         os.replace(f"{whole_file}.part", whole_file)
-    with whole(os.path.join(folder, "first.npy")) as f:
+    with written(os.path.join(folder, "first.npy")) as f:
         np.save(f, np.cumsum([0, *np.concatenate([counts for *_, counts in held])]))
     for path in parts:
         os.remove(path)

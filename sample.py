@@ -809,7 +809,7 @@ def bench(config, rounds=3):
         return statistics.median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
-    memory = torch.empty(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
+    memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
     bandwidth = memory.nbytes / min(context.seconds(memory.sum) for _ in range(5))  # bytes/s of reading
     measured = {"tokens_per_s": {}, "share_of_floor": {}}
     for batch in (1, 8):
