@@ -1138,16 +1138,16 @@ def test_the_fused_convolution_equals_its_plain_version(dtype, dropout):
     fused.to(torch.float64 if dtype is torch.float64 else torch.float32)
     x = torch.randn(3, 8, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
     seen = []
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        for ours in (True, False):
-            torch.manual_seed(1)  # the same dropout mask
-            if ours:
-                y = fused(x)
-            else:
-                keep = F.dropout(torch.ones_like(x), dropout) if dropout else 1
-                y = fused.conv(F.silu(fused.norm(x)) * keep)
-            torch.manual_seed(2)
-            seen.append([y, *torch.autograd.grad((y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum(), [x, *fused.parameters()])])
+
+    def plain(x):
+        return fused.conv(F.silu(fused.norm(x)) * (F.dropout(torch.ones_like(x), dropout) if dropout else 1))
+
+    for f in (fused, plain):
+        torch.manual_seed(1)  # the same dropout mask
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):  # not shared: it caches weights
+            y = f(x)
+        torch.manual_seed(2)
+        seen.append([y, *torch.autograd.grad((y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum(), [x, *fused.parameters()])])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(*seen):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
@@ -1678,13 +1678,13 @@ def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
         return F.linear(F.gelu(x) if kind == "gelu" else layer.norm(x), layer.weight, layer.bias)
 
     seen = []
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        for f in (layer, plain):
+    for f in (layer, plain):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):  # not shared: it caches weights
             y = f(x)
-            torch.manual_seed(1)
-            seen.append([y, *torch.autograd.grad((y.float() * torch.randn(y.shape)).sum(), [x, *layer.parameters()])])
-            with torch.no_grad():
-                assert torch.equal(f(x), y)
+        torch.manual_seed(1)
+        seen.append([y, *torch.autograd.grad((y.float() * torch.randn(y.shape)).sum(), [x, *layer.parameters()])])
+        with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            assert torch.equal(f(x), y)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(*seen):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
