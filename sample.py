@@ -815,7 +815,7 @@ def bench(config, rounds=3):
     for batch in (1, 8):
         taken = seconds(short, batch)
         cache = short.new_cache(batch, context.dtype).nbytes * (64 + 320) / 2 / 320  # half full on average
-        floor = (weights * text.new_empty(0, dtype=context.dtype).element_size() + cache) * 256 / bandwidth
+        floor = (weights * context.dtype.itemsize + cache) * 256 / bandwidth
         measured["tokens_per_s"][str(batch)] = batch * 256 / taken
         measured["share_of_floor"][str(batch)] = floor / taken
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, {floor / taken:.0%} of what reading "

@@ -222,8 +222,13 @@ def preset_values(preset, stage):
 
 def configure(given, stage, *classes):
     """Settings of one stage, as one instance of each class: the class's defaults < the preset's < what was given."""
-    values = {**preset_values(given.get("preset", TrainConfig.preset), stage), **given}
-    return [cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values}) for cls in classes]
+    preset = preset_values(given.get("preset", TrainConfig.preset), stage)
+    return [filled(cls, {**preset, **given}) for cls in classes]
+
+
+def filled(cls, values):
+    """A config class with those of its fields that are among the values."""
+    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
 
 
 # -----------------------------------------------------------------------------
@@ -1005,11 +1010,6 @@ class Log:
 # What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes are the released
 # ones, or fixed ones to compare by, unless given on the command line; presets have no say.
 
-def sized(cls, given, **sizes):
-    values = {**sizes, **given}
-    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
-
-
 def timed(step, context, unit, units, rounds=5):
     """Median time of step(), after one call for warm-up, and what it is of the fastest that the device could do."""
     with FlopCounterMode(display=False) as counter:
@@ -1048,7 +1048,7 @@ def training_step(objective, config, context, *batch):
 
 def bench_augvae(given, context):
     """A training step of AugVAE-ML; released: 256 pixels, 2 images."""
-    config, sizes = sized(TrainConfig, given, batch_size=2), sized(AugVAEConfig, given)
+    config, sizes = filled(TrainConfig, {"batch_size": 2, **given}), filled(AugVAEConfig, given)
     images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
     step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, images)
     return {**timed(step, context, "images", len(images), rounds=3), "size": list(images.shape)}
@@ -1056,7 +1056,7 @@ def bench_augvae(given, context):
 
 def bench_codebook(given, context):
     """32,768 vectors of 256 against 8192 codes: forward, backward and the codebook's own step."""
-    config, sizes = sized(TrainConfig, given, batch_size=8), sized(AugVAEConfig, given)
+    config, sizes = filled(TrainConfig, {"batch_size": 8, **given}), filled(AugVAEConfig, given)
     codebook = Codebook(sizes).to(context.device)
     z = torch.randn(config.batch_size, sizes.codebook_dim, 64, 64, device=context.device, requires_grad=True)
 
@@ -1071,8 +1071,8 @@ def bench_codebook(given, context):
 
 def bench_biart(given, context):
     """A training step of BiART, 12 layers of 512, on 64 + 1024 tokens, 2 samples: one each way."""
-    config = sized(TrainConfig, given, batch_size=2)
-    model = BiART(sized(BiARTConfig, given, n_layer=12, n_head=8, n_embd=512))
+    config = filled(TrainConfig, {"batch_size": 2, **given})
+    model = BiART(filled(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
     c, B = model.config, config.batch_size
     text, image = torch.randint(0, c.end_token, (B, c.n_text)), torch.randint(0, c.image_vocab, (B, c.n_image))
     step = training_step(BiARTObjective(model, None, None), config, context, text, image, torch.zeros(B, dtype=torch.bool))
