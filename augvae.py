@@ -4,17 +4,17 @@ AugVAE: the feature-augmented VQ autoencoder of L-Verse, an image to discrete to
               encoders, fine to coarse                                       decoders, coarse to fine
     image -> enc0 -> 64x64 -> enc1 -> 32x32 -> enc2 -> 16x16 -> enc3 -> 8x8
                        |                |                |               |
-                    codebook         codebook         codebook        codebook      (one codebook for all levels)
+                    codebook         codebook         codebook        codebook   (one codebook for all levels)
                        |                |                |               |
     image <- dec3 <- cat <--- dec2 <-- cat <--- dec1 <- cat <-- dec0 <---+
 
 The encoders are chained on continuous features; each level is quantised on the side. That is AugVAE-ML
 ("multi-level"): 64^2 + 32^2 + 16^2 + 8^2 = 5440 tokens a 256-pixel image. `single_level(32)` cuts it down to
-AugVAE-SL, which keeps enc0, enc1, the last two decoders and only the 32x32 grid: the 1024 tokens that BiART models.
+AugVAE-SL, which keeps enc0, enc1, dec2, dec3 and only the 32x32 grid: the 1024 tokens that BiART models.
 
 References:
-1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.1), and the authors' released training code.
-2) VQ-VAE, van den Oord et al. 2017, https://arxiv.org/abs/1711.00937: straight-through, commitment, EMA codebook.
+1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.1), and the released training code.
+2) VQ-VAE, van den Oord et al. 2017, https://arxiv.org/abs/1711.00937: straight-through, commitment, EMA.
 3) VQGAN, Esser et al. 2021, https://arxiv.org/abs/2012.09841: the residual encoder and decoder.
 4) LPIPS, Zhang et al. 2018, https://arxiv.org/abs/1801.03924, and the lpips 0.1 release: the perceptual loss.
 """
@@ -37,7 +37,7 @@ class AugVAEConfig:
     image_size: int = 256  # side of the square image, pixels
     levels: tuple[int, ...] = (64, 32, 16, 8)  # side of each token grid, finest first
     hidden: int = 128  # channels at ch_mult 1
-    ch_mult: tuple[int, ...] = (1, 2, 4)  # first encoder and last decoder; m entries change the side by 2^(m-1)
+    ch_mult: tuple[int, ...] = (1, 2, 4)  # first encoder, last decoder; m entries change the side by 2^(m-1)
     ch_mult_inner: tuple[int, ...] = (2, 4)  # all other encoders and decoders
     n_res_blocks: int = 2  # residual blocks per resolution (a decoder has one more)
     n_groups: int = 32  # of every GroupNorm
@@ -49,7 +49,7 @@ class AugVAEConfig:
     commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
-    rate: float = 0.0  # of entropy-constrained quantisation, in variances of the codes a nat; 0 takes the nearest code
+    rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
 
@@ -61,18 +61,19 @@ class AugVAEConfig:
             mult = self.ch_mult if i == 0 else self.ch_mult_inner
             factor = 2 ** (len(mult) - 1)
             if side != level * factor:
-                raise ValueError(f"levels {self.levels}: an encoder with {len(mult)} multipliers takes a side of "
-                                 f"{side} to {side / factor:g}, not to {level}")
+                raise ValueError(f"levels {self.levels}: an encoder with {len(mult)} multipliers "
+                                 f"takes a side of {side} to {side / factor:g}, not to {level}")
             side = level
         for mult in self.ch_mult + self.ch_mult_inner:
             if self.hidden * mult % self.n_groups:
-                raise ValueError(f"hidden {self.hidden} x ch_mult {mult} is not divisible by n_groups {self.n_groups}")
+                raise ValueError(f"hidden {self.hidden} x ch_mult {mult} "
+                                 f"is not divisible by n_groups {self.n_groups}")
         if self.single_level and self.single_level not in self.levels:
             raise ValueError(f"single_level {self.single_level} is not one of the levels {self.levels}")
 
     @property
     def grids(self):
-        """Sides of the token grids that encode() returns, finest first: all levels (ML) or the kept one (SL)."""
+        """Sides of the token grids encode() returns, finest first: all levels (ML) or the kept one (SL)."""
         return (self.single_level,) if self.single_level else self.levels
 
 
@@ -81,13 +82,13 @@ class AugVAEConfig:
 
 class ConvAfterSiLU(torch.autograd.Function):
     """
-    conv3x3(SiLU(GroupNorm(x)) * keep), of which x alone is kept for the backward pass. What lies between is worked out there
-    a second time, in a few percent of the convolution's time; autograd would hold three such maps for every convolution.
-    keep is dropout's mask, or None.
+    conv3x3(SiLU(GroupNorm(x)) * keep), of which x alone is kept for the backward pass. What lies between is
+    worked out there a second time, in a few percent of the convolution's time; autograd would hold three such
+    maps for every convolution. keep is dropout's mask, or None.
     """
     @staticmethod
     def normed(x, gamma, beta, n_groups):
-        x = x.float() if x.is_cuda else x  # beside fp32 weights CUDA's kernel wants fp32, the CPU's takes bfloat16
+        x = x.float() if x.is_cuda else x  # beside fp32 weights CUDA wants fp32, the CPU takes bfloat16
         return x, *torch.native_group_norm(x, gamma, beta, *x.shape[:2], x[0, 0].numel(), n_groups, 1e-6)
 
     @staticmethod
@@ -104,8 +105,8 @@ class ConvAfterSiLU(torch.autograd.Function):
         dropped = (lambda t: t) if keep is None else keep.mul
         low = grad.dtype  # that of autocast, which the backward pass is outside of
         grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, dropped(F.silu(h)).to(low), weight.to(low), [len(weight)], [1, 1], [1, 1], [1, 1], False, [0, 0], 1,
-            [True] * 3)
+            grad, dropped(F.silu(h)).to(low), weight.to(low), [len(weight)], [1, 1], [1, 1], [1, 1], False,
+            [0, 0], 1, [True] * 3)
         grad_h = torch.ops.aten.silu_backward(dropped(grad_h).to(h.dtype), h)
         grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
             grad_h, x, mean, rstd, gamma, *x.shape[:2], x[0, 0].numel(), ctx.n_groups, [True] * 3)
@@ -123,8 +124,8 @@ class NormSiLUConv(nn.Module):
 
     def forward(self, x):
         keep = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        return ConvAfterSiLU.apply(x, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias, keep,
-                                   self.norm.num_groups)
+        return ConvAfterSiLU.apply(x, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias,
+                                   keep, self.norm.num_groups)
 
 
 class ResBlock(nn.Module):
@@ -134,7 +135,8 @@ class ResBlock(nn.Module):
         super().__init__()
         self.conv1 = NormSiLUConv(in_channels, out_channels, config)
         self.conv2 = NormSiLUConv(out_channels, out_channels, config, config.ae_dropout)
-        self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.shortcut = (nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels
+                         else nn.Identity())
 
     def forward(self, x):
         return self.shortcut(x) + self.conv2(self.conv1(x))
@@ -246,12 +248,12 @@ class Codebook(nn.Module):
     """
     `size` vectors of `dim` numbers, moved by exponential moving averages instead of gradients.
 
-    forward() quantises and never changes the codebook. Training calls collect() on every forward pass and update()
+    forward() quantises and never moves a code. Training calls collect() on every forward pass and update()
     once per optimizer step: all levels and all ranks move the codes together, by one all-reduce, so that the
     codebook stays bit-equal on every rank. (The release updates once per level and never synchronises.)
 
-    State, fp32 and outside autocast: weight (size, dim); cluster_size (size,) and embed_sum (size, dim) are the moving
-    averages of how many vectors a step brings to each code and of their sum, so weight = embed_sum / cluster_size.
+    State, fp32 and outside autocast: weight (size, dim); cluster_size (size,) and embed_sum (size, dim) are
+    moving averages of how many vectors a code gets a step, and their sum: weight = embed_sum / cluster_size.
     Both start at zero: every code is dead until the first batches bring it to life.
     """
     def __init__(self, config):
@@ -263,28 +265,29 @@ class Codebook(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        # A few newborns at a time: each batch of them is drawn from what all earlier codes serve badly. Were all codes
-        # drawn at once, most would land on the commonest patch and stay there as near-copies of each other.
+        # A few newborns at a time: each batch of them is drawn from what all earlier codes serve badly. Were
+        # all codes drawn at once, most would land on the commonest patch and stay there as near-copies.
         self.max_revived = max(1, self.size // 32)
         self.pending = None  # what collect() has gathered since the last update()
 
-    def nearest(self, z, chunk=2 ** 24):
+    def nearest(self, z, chunk=2 ** 22):
         """
-        (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2 - rate * var * log p_k, holding at most `chunk` of them at a time.
-        p is how often a code is used, and var the variance of the codes so used. With rate 0 that is the nearest code;
-        above 0, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
+        (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2 - rate * var * log p_k, at most `chunk` in memory. p
+        is how often a code is used, var the variance of the codes so used. With rate 0 that is the nearest
+        code; above 0, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
         """
         p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
         var = p @ (self.weight - p @ self.weight).square().sum(1)
-        cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is the same for all codes
-        codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1).argmin(1)
-                 for part in z.split(max(1, chunk // self.size))]
+        cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is equal for all codes
+        scores = z.new_empty(max(1, chunk // self.size), self.size)  # fresh memory for each part would cost more
+        codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
+                 for part in z.split(len(scores))]
         return torch.cat(codes)
 
     def forward(self, z):
         """
-        z (B, dim, h, w) -> z_q (B, dim, h, w) with straight-through gradients to z, codes LongTensor (B, h, w),
-        and mse(sg[z_q], z), a scalar.
+        z (B, dim, h, w) -> z_q (B, dim, h, w) with straight-through gradients to z,
+        codes LongTensor (B, h, w), and mse(sg[z_q], z), a scalar.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
@@ -309,9 +312,9 @@ class Codebook(nn.Module):
         counts, sums, keys, candidates, calls = self.pending
         counts += torch.bincount(codes, minlength=self.size)
         sums.index_add_(0, codes, z)
-        # Candidates for reviving dead codes: a weighted random draw (Efraimidis & Spirakis) in which far-off vectors
-        # weigh more, as in k-means++. The uniform numbers are drawn for the whole global batch and sliced by rank, so
-        # that two ranks with half a batch each choose what one rank with the whole batch would.
+        # Candidates for reviving dead codes: a weighted random draw (Efraimidis & Spirakis) in which far-off
+        # vectors weigh more, as in k-means++. Uniform numbers are drawn for the whole global batch and sliced
+        # by rank, so that two ranks with half a batch each choose what one with the whole batch would.
         generator = torch.Generator().manual_seed(int(self.updates) * 64 + calls)
         uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device)
         error = (z - self.weight[codes]).square().sum(1)
@@ -328,7 +331,7 @@ class Codebook(nn.Module):
         """
         counts, sums, keys, candidates, _ = self.pending
         self.pending = None
-        if dist.is_initialized():  # one call: ranks add their sums, and fill each their own slots of keys, candidates
+        if dist.is_initialized():  # one call: ranks add sums, and each fills its slots of keys, candidates
             rank, world = dist.get_rank(), dist.get_world_size()
             slots = keys.new_zeros(world, len(keys) * (1 + self.dim))
             slots[rank] = torch.cat([keys, candidates.flatten()])
@@ -346,7 +349,7 @@ class Codebook(nn.Module):
         best = keys.topk(min(self.max_revived, len(keys))).indices
         dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]
         newborn = candidates[best[:len(dead)]]
-        # A newborn starts light, so that it moves quickly to where it is used and is soon given up where it is not.
+        # A newborn starts light: it moves quickly to where it is used and is soon given up where it is not.
         self.cluster_size[dead] = 2 * threshold
         self.embed_sum[dead] = 2 * threshold * newborn
         total = self.cluster_size.sum()
@@ -369,7 +372,7 @@ def codebook_use(counts):
 # The model
 
 class AugVAE(nn.Module):
-    """AugVAE-ML, or AugVAE-SL where config.single_level names a grid. See the diagram at the top of this file."""
+    """AugVAE-ML, or AugVAE-SL where config.single_level names a grid. See the diagram at the file's top."""
 
     def __init__(self, config):
         super().__init__()
@@ -377,7 +380,8 @@ class AugVAE(nn.Module):
         depth = len(c.levels) if not c.single_level else c.levels.index(c.single_level) + 1
         n_levels = len(c.grids)
         mults = [c.ch_mult] + [c.ch_mult_inner] * (depth - 1)
-        self.encoders = nn.ModuleList(Encoder(3 if i == 0 else c.z_channels, mult, c) for i, mult in enumerate(mults))
+        self.encoders = nn.ModuleList(
+            Encoder(3 if i == 0 else c.z_channels, mult, c) for i, mult in enumerate(mults))
         self.pre_quant = TiedConv1x1(c.z_channels, c.codebook_dim, n_levels)
         self.codebook = Codebook(c)
         self.post_quant = TiedConv1x1(c.codebook_dim, c.z_channels, n_levels)
@@ -385,13 +389,13 @@ class AugVAE(nn.Module):
         widths = [c.z_channels * (1 if i == len(c.levels) - 1 else 2) for i in range(depth)]
         self.decoders = nn.ModuleList(  # coarse to fine, the order they run in
             Decoder(widths[i], 3 if i == 0 else c.z_channels, mults[i], c) for i in reversed(range(depth)))
-        self.connectors = nn.ModuleList(  # AugVAE-SL: there is nothing to concatenate, so a 1x1 widens what there is
+        self.connectors = nn.ModuleList(  # AugVAE-SL: nothing to concatenate, so a 1x1 widens what there is
             nn.Conv2d(c.z_channels, widths[i], 1) for i in reversed(range(depth))) if c.single_level else None
         self.init_weights()
-        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions, on CPUs and on tensor cores
+        self.to(memory_format=torch.channels_last)  # faster layout for convolutions, on CPUs and tensor cores
 
     def init_weights(self):
-        """PyTorch's own for convolutions, except that residual branches start at zero: blocks begin as the identity."""
+        """PyTorch's own for convolutions, but residual branches start at zero: blocks begin as identity."""
         for module in self.modules():
             if isinstance(module, ResBlock):
                 nn.init.zeros_(module.conv2.conv.weight)
@@ -405,7 +409,7 @@ class AugVAE(nn.Module):
                 nn.init.uniform_(module.bias, -bound, bound)
 
     def features(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> the vectors to quantise, a list of (B, codebook_dim, h, w), finest first."""
+        """Images (B, 3, H, W) in [-1, 1] -> vectors to quantise [(B, codebook_dim, h, w)], finest first."""
         images = images.contiguous(memory_format=torch.channels_last)
         pyramid = []
         for encoder in self.encoders:
@@ -414,7 +418,7 @@ class AugVAE(nn.Module):
         return [self.pre_quant(h, i) for i, h in enumerate(pyramid[-len(self.config.grids):])]
 
     def reconstruct(self, quantised):
-        """Quantised vectors, a list of (B, codebook_dim, h, w), finest first -> images (B, 3, H, W), about [-1, 1]."""
+        """Quantised vectors [(B, codebook_dim, h, w)], finest first -> images (B, 3, H, W), about [-1, 1]."""
         levels = [self.post_quant(z_q, i) for i, z_q in enumerate(quantised)]
         h = None
         for i, decoder in enumerate(self.decoders):
@@ -443,7 +447,7 @@ class AugVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images):
-        """Images (B, 3, H, W) in [-1, 1] -> a list of LongTensor (B, h, w), values in [0, codebook_size), finest first."""
+        """Images (B, 3, H, W) in [-1, 1] -> [LongTensor (B, h, w)] in [0, codebook_size), finest first."""
         return [self.codebook(z)[1] for z in self.features(images)]
 
     @torch.no_grad()
@@ -457,15 +461,16 @@ class AugVAE(nn.Module):
             raise ValueError(f"codes have grids {sides}, this model's are {self.config.grids}")
         for c in codes:
             if c.min() < 0 or c.max() >= self.config.codebook_size:
-                raise ValueError(f"codes from {c.min()} to {c.max()} are outside [0, {self.config.codebook_size})")
+                raise ValueError(f"codes from {c.min()} to {c.max()} "
+                                 f"are outside [0, {self.config.codebook_size})")
         return self.reconstruct([self.codebook.lookup(c) for c in codes]).clamp(-1, 1)
 
     def single_level(self, side):
         """
-        AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code): a new model with the encoders
-        down to that grid, the decoders from it upward, and connectors in front of them. To be fine-tuned.
-        The connectors start so that the model computes what ML does with the missing halves at zero (the release starts
-        them at random). Raises ValueError for a side that is not a level, or a model that is AugVAE-SL already.
+        AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code): a new model with the
+        encoders down to that grid, the decoders from it upward, and connectors in front of them. To be
+        fine-tuned. The connectors start so that the model computes what ML does with the missing halves at
+        zero (the release: at random). Raises ValueError for a side that is no level, or an AugVAE-SL.
         """
         if self.config.single_level:
             raise ValueError(f"this model is AugVAE-SL already, on grid {self.config.single_level}")
@@ -483,7 +488,7 @@ class AugVAE(nn.Module):
                 ours.bias.copy_(theirs.bias[level:level + 1])
             z = self.config.z_channels
             for i, connector in enumerate(model.connectors):
-                # cat(this level, coarser decoder): the first has the level alone, every other one the decoder alone
+                # cat(this level, coarser decoder): the first has the level alone, others the decoder alone
                 start = 0 if i == 0 else z
                 nn.init.zeros_(connector.weight)
                 nn.init.zeros_(connector.bias)
@@ -613,19 +618,25 @@ LPIPS_FILE = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
 
 
-def fetched(flag, name, sha256, url):
+def published(flag, given, name, sha256, url, download=True):
     """
-    Path of a file in the torch hub cache. Where it is missing it is downloaded to there, its hash checked.
-    Raises OSError, with the ways to go on, where it cannot be had.
+    Path of published weights: the file that is `given` by --flag, or else torch hub's cached one, which is
+    downloaded to there if it may be, its hash checked. None where it is not there and may not be.
+    Raises ValueError where the given file is missing, OSError, with ways to go on, where the download fails.
     """
-    path = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if not os.path.exists(path):
-        try:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-        except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
-            raise OSError(f"LPIPS needs {name}, which could not be downloaded from {url} ({e}): "
-                          f"put it at {path}, or give it by --{flag}; --loss l2 trains without") from None
+    if given and not os.path.isfile(given):
+        raise ValueError(f"there is no file {given} for --{flag}: it is {name}, from {url}")
+    path = given or os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if os.path.exists(path):
+        return path
+    if not download:
+        return None
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+    except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
+        raise OSError(f"{name} could not be downloaded from {url} ({e}): put it at {path}, "
+                      f"or give it by --{flag}; --loss l2 trains without LPIPS") from None
     return path
 
 
@@ -637,7 +648,7 @@ class LPIPS(nn.Module):
     weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
     of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
 
-    `vgg_weights` is torchvision's file of VGG-16; `lpips_weights` that of lpips, with keys lin0.model.1.weight
+    `vgg_weights` is torchvision's VGG-16 file; `lpips_weights` that of lpips, with keys lin0.model.1.weight
     and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
     Raises OSError where a file cannot be had, ValueError where it is another.
     """
@@ -646,8 +657,8 @@ class LPIPS(nn.Module):
     def __init__(self, vgg_weights="", lpips_weights=""):
         super().__init__()
         from torchvision.models import vgg16  # here, because nothing else needs it
-        vgg_weights = vgg_weights or fetched("vgg_weights", *VGG_FILE)
-        lpips_weights = lpips_weights or fetched("lpips_weights", *LPIPS_FILE)
+        vgg_weights = published("vgg_weights", vgg_weights, *VGG_FILE)
+        lpips_weights = published("lpips_weights", lpips_weights, *LPIPS_FILE)
         vgg, lpips = read_plain(vgg_weights), read_plain(lpips_weights)
         with torch.device("meta"):  # shapes alone, no random weights
             self.features = vgg16().features[:self.taps[-1] + 1]

@@ -1,16 +1,17 @@
 """
-BiART: one GPT that paints an image from a caption and captions an image, over text tokens and AugVAE's image tokens.
+BiART: one GPT that paints an image from a caption and captions an image, over text and AugVAE's image tokens.
 
     text -> image    t_1 ... t_64   i_1 ... i_1024      segment: REF x 64,   GEN x 1024
     image -> text    i_1 ... i_1024 t_1 ... t_64        segment: REF x 1024, GEN x 64
 
-What a token embeds to is token + segment + position: the segment (REF, what is given; GEN, what is generated) is how the
-model knows which way it runs. Attention is causal over the whole sequence in both layouts; the first GEN token is
-predicted at the last REF position. Both layouts have one length, so half a batch each way goes through in one forward.
+What a token embeds to is token + segment + position: the segment (REF, what is given; GEN, what is generated)
+is how the model knows which way it runs. Attention is causal over the whole sequence in both layouts; the
+first GEN token is predicted at the last REF position. Both layouts have one length, so half a batch each way
+goes through in one forward.
 
 References:
-1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.2); the authors' recipe is minGPT plus a two-entry
-   segment embedding.
+1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.2); the authors' recipe is minGPT
+   plus a two-entry segment embedding.
 2) GPT-2, Radford et al. 2019, for the blocks and the initialisation.
 3) Classifier-free guidance, Ho & Salimans 2022, https://arxiv.org/abs/2207.12598.
 """
@@ -27,7 +28,7 @@ OTHER = {"text": "image", "image": "text"}
 
 
 def derived(default):
-    """A setting that follows from the tokenizer or from AugVAE, and so is not asked for on the command line."""
+    """A setting that follows from the tokenizer or AugVAE, and so is not asked for on the command line."""
     return field(default=default, metadata={"derived": True})
 
 
@@ -39,7 +40,7 @@ class BiARTConfig:
     n_embd: int = 1024  # channels of the residual stream
     dropout: float = 0.0  # of embeddings, attention and residual branches
     n_text: int = 64  # text tokens in a sequence, end and padding included
-    positions: str = "modality"  # modality (text: index; image: row + column) or sequence (published: absolute)
+    positions: str = "modality"  # modality (text: index; image: row + column), sequence (published: absolute)
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
     text_vocab: int = derived(49408)
@@ -70,21 +71,21 @@ class BiARTConfig:
 
 def linear(x, weight, bias=None):
     """
-    F.linear. The few rows of a decoding step go as W x^T on a CPU: for these, BLAS then streams the weights, of which each
-    is needed once, up to three times as fast. A single row is doubled, as two take less time than one.
+    F.linear. The few rows of a decoding step go as W x^T on a CPU: BLAS then streams the weights, of which
+    each is needed once, up to three times as fast. A single row is doubled, as two take less time than one.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
         return F.linear(x, weight, bias)
-    twice = rows.repeat(2, 1) if len(rows) == 1 else rows
+    twice = torch.cat([rows, rows]) if len(rows) == 1 else rows
     y = (weight @ twice.t()).t()[:len(rows)].contiguous().view(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
 class LinearAfter(torch.autograd.Function):
     """
-    linear(f(x, *params), weight, bias), which keeps x for the backward pass and works out f(x) there a second time. f is a
-    layer norm or GELU: a small part of the time that the product takes, and more memory than the product's own input.
+    linear(f(x, *params), weight, bias), which keeps x for the backward pass and works out f(x) there again. f
+    is a layer norm or GELU: a small part of the product's time, and more memory than the product's own input.
     """
     @staticmethod
     def forward(ctx, f, x, weight, bias, *params):
@@ -107,7 +108,7 @@ class LinearAfter(torch.autograd.Function):
     def call(f, x, weight, bias, *params):
         if torch.is_grad_enabled():
             return LinearAfter.apply(f, x, weight, bias, *params)
-        return linear(f(x, *params), weight, bias)  # where there is nothing to keep, decoding does without apply's overhead
+        return linear(f(x, *params), weight, bias)  # nothing to keep: decoding does without apply's overhead
 
 
 class NormLinear(nn.Linear):
@@ -136,22 +137,25 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding noise, which Adam
-        # would blow up to full steps, others on two GPUs than on one.
+        # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding
+        # noise, which Adam would blow up to full steps, others on two GPUs than on one.
         self.c_attn = NormLinear(config.n_embd, 3 * config.n_embd, bias=False)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
     def forward(self, x, cache=None, at=None, mask=None):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k, v = qkv
         if cache is not None:  # (2, B, nh, T_max, hs): keys and values of all positions so far
             cache.index_copy_(3, at, qkv[1:])
         if mask is not None:
             k, v = cache[:, :, :, :mask.shape[-1]]
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, is_causal=mask is None)
-        return self.resid_dropout(linear(y.transpose(1, 2).reshape(B, T, C), self.c_proj.weight, self.c_proj.bias))
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))
 
 
 class MLP(nn.Module):
@@ -183,9 +187,10 @@ class Block(nn.Module):
 
 class LinearCrossEntropy(torch.autograd.Function):
     """
-    h (N, C), weight (V, C), targets (N,), share (N,), with_gradient -> sum of share * cross-entropy, a scalar to
-    differentiate, and the cross-entropies themselves (N,), nats, to read. The scores (N, V) exist a chunk of rows at a
-    time only: the gradient is worked out while a chunk is there, so that the backward pass has nothing to do again.
+    h (N, C), weight (V, C), targets (N,), share (N,), with_gradient -> sum of share * cross-entropy, a scalar
+    to differentiate, and the cross-entropies themselves (N,), nats, to read. The scores (N, V) exist a chunk
+    of rows at a time only: the gradient is worked out while a chunk is there, so that the backward pass has
+    nothing to do again.
     """
     chunk = 2 ** 22  # scores held at once
 
@@ -223,10 +228,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class BiART(nn.Module):
     """
-    Text is LongTensor (B, n_text), padded behind its end token; images are LongTensor (B, n_image), row by row.
+    Text is LongTensor (B, n_text), padded behind its end token; images LongTensor (B, n_image), row by row.
     A direction is named by what it generates: to="image" or to="text".
     """
-    replayed = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as those of a sharded model do
+    replayed = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as a sharded model's do
 
     def __init__(self, config):
         super().__init__()
@@ -247,8 +252,9 @@ class BiART(nn.Module):
 
     def init_weights(self):
         """
-        GPT-2's: normal(0, 0.02), projections into the residual stream scaled down by sqrt(2 n_layer). The 0.02 suits the
-        released width of 1024; narrower models start proportionally larger, or attention takes long to wake up.
+        GPT-2's: normal(0, 0.02), projections into the residual stream scaled down by sqrt(2 n_layer). The
+        0.02 suits the released width of 1024; narrower models start proportionally larger, or attention takes
+        long to wake up.
         """
         std = 0.02 * (1024 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
@@ -273,7 +279,7 @@ class BiART(nn.Module):
         return position + self.segment.weight[segment]
 
     def embed(self, tokens, modality, segment, null=None):
-        """tokens (B, n), from the start of their side -> (B, n, C); where null (B,) is true, the tokens are blanked."""
+        """tokens (B, n), from the start of their side -> (B, n, C), blanked where null (B,) is true."""
         x = self.token[modality](tokens)
         if null is not None:
             x = torch.where(null[:, None, None], self.null[modality].to(x.dtype), x)
@@ -287,8 +293,9 @@ class BiART(nn.Module):
 
     def trunk(self, x, rows=None, cache=None, at=None, mask=None):
         """
-        (B, T, C) -> (B, T, C), before the final norm. With rows, LongTensor into all B * T positions, the last block goes on
-        with those alone, as where only some are needed: (len(rows), C). cache, at and mask: see new_cache and advance.
+        (B, T, C) -> (B, T, C), before the final norm. With rows, LongTensor into all B * T positions, the
+        last block goes on with those alone, as where only some are needed: (len(rows), C). cache, at and
+        mask: see new_cache and advance.
         """
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
@@ -298,40 +305,43 @@ class BiART(nn.Module):
 
     def logits(self, h, modality):
         """
-        Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to): image positions are
-        scored over the image codes only, text positions over the text only. As in GPT-2, the weights are the embedding's.
+        Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to): image
+        positions are scored over the image codes only, text positions over the text only. As in GPT-2, the
+        weights are the embedding's.
         """
         return linear(self.norm(h), self.token[modality].weight)
 
     def scored(self, tokens, modality):
         """Which tokens count: all but the padding. A text is scored up to and including its end token."""
-        return tokens != self.config.pad_token if modality == "text" else torch.ones_like(tokens, dtype=torch.bool)
+        return (tokens != self.config.pad_token if modality == "text"
+                else torch.ones_like(tokens, dtype=torch.bool))
 
     def cross_entropy(self, h, targets, modality):
         """
-        Hidden states (B, n, C), each one place before its target (B, n) -> the mean over samples of the mean over a
-        sample's scored tokens, a scalar; and each sample's sum over its scored tokens (B,), to read. Nats.
+        Hidden states (B, n, C), each one place before its target (B, n) -> the mean over samples of the mean
+        over a sample's scored tokens, a scalar; and each sample's sum over these (B,), to read. Nats.
         """
         scored = self.scored(targets, modality)
         share = scored / scored.sum(1, keepdim=True) / len(targets)
-        mean, nll = LinearCrossEntropy.apply(self.norm(h).flatten(0, 1), self.token[modality].weight, targets.flatten(),
-                                             share.flatten(), torch.is_grad_enabled())
+        mean, nll = LinearCrossEntropy.apply(self.norm(h).flatten(0, 1), self.token[modality].weight,
+                                             targets.flatten(), share.flatten(), torch.is_grad_enabled())
         return mean, (nll.view_as(targets) * scored).sum(1)
 
     def forward(self, text, image, null=None):
         """
-        One training step's loss: samples 0, 2, 4 ... run text -> image, samples 1, 3, 5 ... image -> text, in one pass.
+        A training step's loss: samples 0, 2, 4 ... run text -> image, 1, 3, 5 ... image -> text, in one pass.
 
-        text (B, n_text), image (B, n_image), null bool (B,) or None -> loss, a scalar in nats a token, the mean of the
-        two directions, and {"t2i": ..., "i2t": ...}. Each direction is the mean over its samples of the sample's mean
-        over its scored tokens, which does not depend on how a batch is spread over ranks. B must be even.
+        text (B, n_text), image (B, n_image), null bool (B,) or None -> loss, a scalar in nats a token, the
+        mean of the two directions, and {"t2i": ..., "i2t": ...}. Each direction is the mean over its samples
+        of the sample's mean over its scored tokens, which does not depend on how a batch is spread over
+        ranks. B must be even.
         """
         if len(text) % 2:
             raise ValueError(f"batch size {len(text)} is odd: half of a batch runs in each direction")
         c, B, T = self.config, len(text) // 2, self.config.n_text + self.config.n_image
         halves, layouts, rows = [], [], []
         for to, pick in (("image", slice(0, None, 2)), ("text", slice(1, None, 2))):
-            first = 0 if c.ref_loss else c.length(OTHER[to]) - 1  # of the positions that predict something to be scored
+            first = 0 if c.ref_loss else c.length(OTHER[to]) - 1  # of positions that predict what is scored
             rows.append(positions(B, T, first, text.device) + len(halves) * B * T)
             halves.append((to, first, {"text": text[pick], "image": image[pick]}))
             layouts.append(self.sequence(text[pick], image[pick], to, None if null is None else null[pick]))
@@ -349,8 +359,9 @@ class BiART(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, text, image, to, chunk=2 ** 26):
         """
-        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows go through
-        a few at a time, so that about `chunk` numbers are held at once, scores and activations of one block together.
+        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows
+        go through a few at a time, so that about `chunk` numbers are held at once, scores and activations of
+        one block together.
         """
         c, targets = self.config, {"text": text, "image": image}[to]
         few = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)))
@@ -363,12 +374,13 @@ class BiART(nn.Module):
 
     def judge(self, ref, candidates, to):
         """
-        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref): forward log p(candidate | ref) and
-        reverse log p(ref | candidate), nats, (B, n) each. The latter re-ranks candidates without a second model.
+        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
+        log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
         """
         B, n, _ = candidates.shape
         sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}
-        return tuple(self.log_likelihood(sides["text"], sides["image"], way)[0].view(B, n) for way in (to, OTHER[to]))
+        return tuple(self.log_likelihood(sides["text"], sides["image"], way)[0].view(B, n)
+                     for way in (to, OTHER[to]))
 
     # -------------------------------------------------------------------------
     # Generation: begin() reads the prompt, advance() adds a token, generate() and beam_search() choose it
@@ -376,28 +388,28 @@ class BiART(nn.Module):
     def new_cache(self, batch, dtype):
         """Room for the keys and values of a whole sequence: (n_layer, 2, batch, n_head, T, head size)."""
         c = self.config
-        return torch.zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head, dtype=dtype,
-                           device=self.segment.weight.device)
+        return torch.zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head,
+                           dtype=dtype, device=self.segment.weight.device)
 
     def begin(self, ref, to, n, prefix, guidance):
         """
-        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> scores of the next one (B * n, V), and the cache. The
-        prompt goes through once for each row of ref; its cache is then copied to that row's n candidates. With guidance,
-        a second half of the cache is of a blanked REF side.
+        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> scores of the next one (B * n, V), and the
+        cache. The prompt goes through once for each row of ref; its cache is then copied to that row's n
+        candidates. With guidance, a second half of the cache is of a blanked REF side.
         """
         null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed(ref, OTHER[to], REF, null), self.embed(prefix, to, GEN)], dim=1)
         B, T, _ = x.shape
-        cache = self.new_cache(B, F.linear(x[0, :1], x[0, :1]).dtype)  # the type of products, under autocast too
+        cache = self.new_cache(B, F.linear(x[0, :1], x[0, :1]).dtype)  # products' type, under autocast too
         h = self.trunk(x, positions(B, T, T - 1, x.device), cache, torch.arange(T, device=x.device))
         return self.next_scores(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
 
     def advance(self, x, at, limit, to, cache, guidance):
         """
-        The embedding x (rows, C) of a token that stands at position `at`, LongTensor (1,) -> scores of the next (rows, V).
-        Of the cache, positions below `limit` are looked at, and those up to `at` count.
+        The embedding x (rows, C) of a token that stands at position `at`, LongTensor (1,) -> scores of the
+        next (rows, V). Of the cache, positions below `limit` are looked at, and those up to `at` count.
         """
         mask = (torch.arange(limit, device=x.device) <= at)[None]  # (1, limit)
         x = x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1)
@@ -413,16 +425,18 @@ class BiART(nn.Module):
         return logits
 
     @torch.no_grad()
-    def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0, seeds=None):
+    def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
+                 seeds=None):
         """
         Sample the GEN side from the REF side, with a key-value cache.
 
         ref: text (B, n_text) for to="image", image codes (B, n_image) for to="text".
-        n: candidates for each row of ref, which share its prompt: rows 0..n-1 of the result belong to ref 0, and so on.
+        n: candidates for each row of ref, sharing its prompt: result rows 0..n-1 are ref 0's, and so on.
         prefix: (B, m), the first GEN tokens, to be continued: rows of an image, words of a caption.
-        temperature: 0 is greedy. top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
-        guidance: logits = null + guidance * (conditional - null), where null is the same model on a blanked REF side.
-        seeds: B * n integers; the same seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
+        temperature: 0 is greedy.
+        top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
+        guidance: logits = null + guidance * (conditional - null); null: the same model on a blanked REF side.
+        seeds: B * n integers; a seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
         """
@@ -433,7 +447,8 @@ class BiART(nn.Module):
         out = torch.full((rows, total), c.pad_token if to == "text" else 0, device=ref.device)
         out[:, :given] = prefix.repeat_interleave(n, 0)
         seeds = range(rows) if seeds is None else seeds
-        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
+        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(s)))
+                               for s in seeds])
         uniform = uniform.to(ref.device)
         place = self.place(to, GEN)
         done = torch.zeros(rows, dtype=torch.bool, device=ref.device)
@@ -453,18 +468,19 @@ class BiART(nn.Module):
 
         step = Replayed(step) if ref.is_cuda and self.replayed else step
         for i in range(given, total):
-            step(min(start + total, -(-(start + i + 1) // 128) * 128))  # a longer look at the cache every 128 tokens
-            if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for the answer
+            step(min(start + total, -(-(start + i + 1) // 128) * 128))  # every 128 tokens a longer look
+            if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for this
                 break
         return out
 
     @torch.no_grad()
     def beam_search(self, image, width, prefix=None, length_penalty=1.0, guidance=1.0):
         """
-        The likeliest captions of image codes (B, n_image) -> LongTensor (B, width, n_text), best first, and their scores
-        (B, width): log p / length ** length_penalty, where length counts the tokens found, the end token with them.
+        The likeliest captions of image codes (B, n_image) -> LongTensor (B, width, n_text), best first, and
+        their scores (B, width): log p / length ** length_penalty, where length counts the tokens found, the
+        end token with them.
 
-        Every step keeps the `width` best of all continuations of all beams, ended ones among them. Width 1 is greedy.
+        Each step keeps the `width` best continuations of all beams, ended ones among them. Width 1 is greedy.
         prefix (B, m): the first tokens of the caption. The beams of an image share its cached prompt.
         """
         c, B = self.config, len(image)
@@ -485,7 +501,8 @@ class BiART(nn.Module):
             length = length + ~done
             scores, best = (total / length[..., None] ** length_penalty).flatten(1).topk(width)
             parent, token = best // c.text_vocab, best % c.text_vocab
-            log_p, length, done = total.flatten(1).gather(1, best), length.gather(1, parent), done.gather(1, parent)
+            log_p = total.flatten(1).gather(1, best)
+            length, done = length.gather(1, parent), done.gather(1, parent)
             out = out.gather(1, parent[..., None].expand_as(out))
             out[:, :, i] = token
             done = done | (token == c.end_token)
@@ -493,16 +510,18 @@ class BiART(nn.Module):
                 return out, scores
             rows = (torch.arange(B, device=image.device)[:, None] * width + parent).flatten()
             rows = rows if guidance == 1 else torch.cat([rows, rows + len(rows)])
-            found = slice(c.n_image + given, c.n_image + i)  # of the cache only this differs between an image's beams
+            found = slice(c.n_image + given, c.n_image + i)  # only this differs between an image's beams
             cache[..., found, :] = cache[:, :, rows, :, found]
-            x, at = self.token["text"](token.flatten()) + place[i], torch.tensor([c.n_image + i], device=image.device)
+            x = self.token["text"](token.flatten()) + place[i]
+            at = torch.tensor([c.n_image + i], device=image.device)
             logits = self.advance(x, at, c.n_image + i + 1, "text", cache, guidance)
 
 
 class Replayed:
     """
-    step(limit) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each limit the first
-    call runs as it is, which also warms up, and the second records. A device without graphs is found out by trying.
+    step(limit) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each
+    limit the first call runs as it is, which also warms up, and the second records. A device without graphs
+    is found out by trying.
     """
     def __init__(self, step):
         self.step, self.graphs, self.works = step, {}, True
@@ -514,7 +533,7 @@ class Replayed:
         if self.graphs[limit] is None:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # others may go on, a loader's for one
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may go on
                     self.step(limit)
             except RuntimeError as e:  # nothing of the step has run yet
                 torch.cuda.set_stream(stream)
@@ -527,14 +546,14 @@ class Replayed:
 
 
 def positions(B, T, first, device):
-    """LongTensor of where the positions from `first` on lie among B * T, sequence by sequence: (B * (T - first),)."""
+    """Where positions from `first` on lie in B * T, sequence by sequence: LongTensor (B * (T - first),)."""
     return torch.arange(B * T, device=device).view(B, T)[:, first:].flatten()
 
 
 def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
-    logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one random number
-    a token, so that a sample depends on its own seed alone.
+    logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one
+    random number a token, so that a sample depends on its own seed alone.
     """
     if temperature == 0:
         return logits.argmax(-1)
@@ -547,5 +566,5 @@ def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     cumulative = p.cumsum(-1)
     total = cumulative[:, -1:]
     below = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, below, right=True)  # the first whose cumulative probability is above
+    token = torch.searchsorted(cumulative, below, right=True)  # the first whose cumulative mass is above
     return (order.gather(1, token) if ranked else token)[:, 0]

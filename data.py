@@ -5,7 +5,7 @@ A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list 
 
     scenes    built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
     fake      random pixels and random words, of any size, to measure with
-    imagenet  train/ and val/; beside them, if any, train_list.txt and val_list.txt: `relative/path.JPEG label`
+    imagenet  train/ and val/; beside them, if any, train_list.txt, val_list.txt: `relative/path.JPEG label`
     folder    any tree of images
     pairs     images, each with a text file of the same stem: one caption a line
     coco      a folder of images and a JSON of captions: MS-COCO's own, or the Karpathy split
@@ -17,8 +17,8 @@ BiART. `batches()` feeds either, endlessly; which sample comes when is a pure fu
 world and step. What cannot be read raises Unreadable, is noted in a log by Faults, and another sample takes
 its place.
 
-The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and `parse_caption` from words,
-so that text-to-image and image-to-text are both scored by whether the content is right.
+The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and
+`parse_caption` from words, so text-to-image and image-to-text are scored by whether the content is right.
 """
 import contextlib
 import functools
@@ -55,8 +55,8 @@ class DataConfig:
     fake_size: tuple[int, ...] = (256, 256)  # fake: width and height, pixels
     index_dir: str = ""  # tar: folder for the shards' indices; empty: beside the shards
     shuffle_buffer: int = 4096  # tar: how many samples are shuffled among each other, besides the shards
-    crop_scale: float = 0.75  # training crops keep at least this share of the centre square's area; 1 = centre crop
-    crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (the release)
+    crop_scale: float = 0.75  # least share of the centre square's area in a training crop; 1 = centre crop
+    crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (release)
     workers: int = 0  # loader processes per rank; 0 reads in the training process
 
 
@@ -81,22 +81,23 @@ def digest(*parts):
 
 
 # -----------------------------------------------------------------------------
-# Built-in scenes: two things, each with a size, a colour and a shape, and the relation of the first to the second
+# Built-in scenes: two things, each with size, colour and shape, and the relation of the first to the second
 
 SIZES = {"small": 7, "large": 11}  # radius, pixels
 COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 216),
            "yellow": (245, 203, 32), "purple": (142, 68, 173), "black": (45, 52, 54)}
 SHAPES = ("circle", "square", "triangle", "cross")
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}  # where the first thing lies
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0),  # where the first thing lies
+             "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# Never drawn for training or validation, though every attribute of each is, in all other company: split `heldout` holds
-# scenes with at least one of these. Split `val` holds things seen in training, in combinations that were not.
+# Never drawn for training or validation, though every attribute of each is, in other company: split `heldout`
+# holds scenes with at least one of these. Split `val` holds things seen in training, in new combinations.
 HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small", "blue", "square"),
             ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
-PHRASES = ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}", "we see a {a} {rel} a {b}",
-           "a {a} {rel} a {b}", "the {a} is {rel} the {b}")
+PHRASES = ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}",
+           "we see a {a} {rel} a {b}", "a {a} {rel} a {b}", "the {a} is {rel} the {b}")
 SCENE_SIDE = 64  # pixels
 BACKGROUND = (250, 248, 242)
 OFFSETS = (-4, 4)  # pixels that a thing lies off its place, each way: four places, on a lattice of eight
@@ -116,7 +117,7 @@ def outline(shape, x, y, r):
 
 
 def draw_things(things, centres, scale=4):
-    """[(size, colour, shape)], [(x, y)] in pixels -> PIL image of 64x64, antialiased by drawing `scale` times larger."""
+    """[(size, colour, shape)], [(x, y)] in pixels -> 64x64 PIL image, antialiased by drawing `scale`-fold."""
     image = Image.new("RGB", (SCENE_SIDE * scale,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for (size, colour, shape), (x, y) in zip(things, centres):
@@ -131,9 +132,9 @@ def draw_things(things, centres, scale=4):
 
 def paraphrases(first, second, relation, rng):
     """
-    (size, colour, shape) twice and a relation -> six captions. Four go from left to right or from top to bottom, as most
-    people do, and two the other way: were it three and three, which thing is named first would tell nothing of where it
-    lies, and the two could be told apart only after what the relation means is known.
+    (size, colour, shape) twice and a relation -> six captions. Four go from left to right or from top to
+    bottom, as most people do, and two the other way: were it three and three, which thing is named first
+    would not tell where it lies, and the two could be told apart only after what the relation means is known.
     """
     def say(word):
         return rng.choice(WORDS.get(word, (word,)))
@@ -147,7 +148,7 @@ def paraphrases(first, second, relation, rng):
 
 
 def split_of(first, second, relation):
-    """`heldout` where one of the things is; else one combination in ten of two things and relation is `val`."""
+    """`heldout` where one of the things is; else one combination in ten of things and relation is `val`."""
     if {first, second} & HELD_OUT:
         return "heldout"
     key = repr(sorted(facts(first, second, relation)))
@@ -155,7 +156,7 @@ def split_of(first, second, relation):
 
 
 class Scenes(Dataset):
-    """Scene i of split `train`, `val` or `heldout` is a pure function of (split, i); the splits share no combination."""
+    """Scene i of `train`, `val` or `heldout` depends on (split, i) alone; the splits share no combination."""
 
     def __init__(self, split, n):
         self.split, self.n = split, n
@@ -167,7 +168,8 @@ class Scenes(Dataset):
         """-> (first thing, second thing, relation, centres, captions)"""
         rng = random.Random(f"scene {self.split} {i}")
         while True:
-            first, second = ((rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES)) for _ in range(2))
+            first, second = ((rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))
+                             for _ in range(2))
             relation = rng.choice(list(RELATIONS))
             if split_of(first, second, relation) == self.split:
                 break
@@ -200,7 +202,8 @@ def parse_caption(caption):
             text = text.replace(f" {word} ", f" {plain} ")
     thing = rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
     relation = f"({'|'.join(RELATIONS)})"
-    match = re.fullmatch(rf" (?:there is |we see )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} ", text)
+    grammar = rf" (?:there is |we see )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} "
+    match = re.fullmatch(grammar, text)
     return facts(match.groups()[0:3], match.groups()[4:7], match.groups()[3]) if match else None
 
 
@@ -230,9 +233,9 @@ TEMPLATES = {}  # (size, shape) -> template(), filled at first use
 
 def read_scene(image):
     """
-    The oracle: a 64x64 picture (PIL, or array (64, 64, 3) of 0..255) -> its facts(), or None where there are not just
-    two things. Colour is the nearest of the six in a thing's inside; size and shape are the template that fits best;
-    the relation is the longer way from one centre to the other.
+    The oracle: a 64x64 picture (PIL, or array (64, 64, 3) of 0..255) -> its facts(), or None where there are
+    not just two things. Colour is the nearest of the six in a thing's inside; size and shape are the template
+    that fits best; the relation is the longer way from one centre to the other.
     """
     if not TEMPLATES:
         TEMPLATES.update({(size, shape): template(size, shape) for size in SIZES for shape in SHAPES})
@@ -389,9 +392,10 @@ def list_lines(path):
 @contextlib.contextmanager
 def written(path, aside=None, part=None):
     """
-    Open a file for writing that appears under its name when all is written and on disk, or not at all. `aside` is the name
-    that the present file at path, if it is to be kept, takes at the last moment; `part` the temporary one, if not a name of
-    this process alone. Raises OSError where it cannot be written; what was there before is untouched.
+    Open a file for writing that appears under its name when all is written and on disk, or not at all.
+    `aside` is the name that the present file at path, if it is to be kept, takes at the last moment; `part`
+    the temporary one, if not a name of this process alone. Raises OSError where it cannot be written; what
+    was there before is untouched.
     """
     part = part or f"{path}.{os.getpid()}.part"
     try:
@@ -801,7 +805,7 @@ UNCAPTIONED = ("imagenet", "folder")  # layouts that have no captions
 
 
 def open_data(config, split, log=""):
-    """DataConfig, and `train`, `val` or, for scenes, `heldout` -> a data set; the log takes what is broken."""
+    """DataConfig, and `train`, `val` or, for scenes, `heldout` -> data set; the log takes what is broken."""
     n = config.n_scenes if split == "train" else 1024
     where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
     readers = {"scenes": lambda: Scenes(split, n), "fake": lambda: Fake(split, n, config.fake_size),
@@ -823,9 +827,9 @@ def open_data(config, split, log=""):
 
 def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
     """
-    PIL image -> float tensor (3, size, size) in [-1, 1]: the centre square, or, given an rng, a random square of
-    `scale` to 1 times its area. With of="picture", times the picture's area: ten tries at a square that has room,
-    and else the centre square (as torchvision's RandomResizedCrop).
+    PIL image -> float tensor (3, size, size) in [-1, 1]: the centre square, or, given an rng, a random square
+    of `scale` to 1 times its area. With of="picture", times the picture's area: ten tries at a square that
+    has room, and else the centre square (as torchvision's RandomResizedCrop).
     """
     w, h = image.size
     side = min(w, h)
@@ -846,7 +850,7 @@ def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
 
 
 def least_side(size, scale):
-    """The shorter side, in pixels, of the image whose smallest crop has a side of `size`. See crop_to_tensor."""
+    """The shorter side, in pixels, of the image whose smallest crop has side `size`. See crop_to_tensor."""
     if not 0 < scale <= 1:
         raise ValueError(f"--crop_scale {scale} is not above 0 and at most 1")
     return math.ceil(size / scale ** 0.5)
@@ -1062,12 +1066,12 @@ def join_parts(folder, parts):
 
 class Order:
     """
-    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation of
-    the data, cut into global batches of world * batch_size of which every rank takes its own stretch. `place`
-    numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank, world,
-    place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each sample once
-    over all ranks; one that is no multiple of the global batch ends inside a batch, and the next epoch goes on
-    there: nothing is dropped, doubled or padded.
+    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation
+    of the data, cut into global batches of world * batch_size of which every rank takes its own stretch.
+    `place` numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank,
+    world, place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each
+    sample once over all ranks; one that is no multiple of the global batch ends inside a batch, and the next
+    epoch goes on there: nothing is dropped, doubled or padded.
 
     Of shards, given as the first sample of each, the permutation is one that reads files from front to back:
     shards in a random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence
@@ -1149,7 +1153,8 @@ def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0, buffe
 
 def to_image(x):
     """Tensor (3, H, W) in [-1, 1] -> PIL image."""
-    return Image.fromarray(((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy())
+    pixels = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
 def font(size):
@@ -1161,15 +1166,17 @@ def font(size):
 
 
 def contact_sheet(images, captions=None, columns=8, side=128):
-    """PIL images, and a text under each or None -> one PIL image, `columns` wide, every picture `side` pixels."""
+    """PIL images, and a text under each or None -> one image, `columns` wide, every picture `side` pixels."""
     rows = [textwrap.wrap(c, width=max(8, side // 6)) for c in captions] if captions else [[] for _ in images]
     text = 15 * max(len(r) for r in rows) + (4 if captions else 0)
     columns = min(columns, len(images))
-    sheet = Image.new("RGB", (columns * (side + 6) + 6, -(-len(images) // columns) * (side + text + 6) + 6), "white")
+    size = columns * (side + 6) + 6, -(-len(images) // columns) * (side + text + 6) + 6
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for i, (image, lines) in enumerate(zip(images, rows)):
         x, y = 6 + i % columns * (side + 6), 6 + i // columns * (side + text + 6)
-        sheet.paste(image.resize((side, side), Image.NEAREST if image.width < side else Image.LANCZOS), (x, y))
+        resample = Image.NEAREST if image.width < side else Image.LANCZOS
+        sheet.paste(image.resize((side, side), resample), (x, y))
         for j, line in enumerate(lines):
             draw.text((x, y + side + 2 + 15 * j), line, fill="black", font=font(12))
     return sheet

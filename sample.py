@@ -7,18 +7,18 @@ $ python sample.py --prompts captions.txt           one caption a line
 $ python sample.py --image picture.png folder       what do the pictures show?
 $ python sample.py --image picture.png --beam 4     the likeliest captions instead of random ones
 $ python sample.py --image picture.png --prefix "there is a"                     ... that begin like this
-$ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep the top rows, paint the rest
+$ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep top rows, paint the rest
 $ python sample.py --image picture.png --variations paint what the captions say of it
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
 $ python sample.py --eval --rerank 8                scores on validation data, one JSON object last
 
-What is made lies in --save_dir: pictures one by one, a contact sheet, samples.json (prompts, seeds, settings, scores), after
+--save_dir gets pictures one by one, a contact sheet, samples.json (prompts, seeds, settings, scores), after
 --eval scores.json, and with --html all of it on one page, page.html, with the run's curves and grids.
 
 References:
-1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500, with the network of pytorch-fid.
-2) BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004. CIDEr-D: Vedantam et al. 2015, https://arxiv.org/abs/1411.5726. All as the
-   MS-COCO caption evaluation computes them.
+1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's network).
+2) BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004. CIDEr-D: Vedantam et al. 2015,
+   https://arxiv.org/abs/1411.5726. All as the MS-COCO caption evaluation computes them.
 """
 import base64
 import dataclasses
@@ -61,14 +61,14 @@ class SampleConfig:
     prompt: str = ""  # paint this caption
     prompts: str = ""  # paint the captions in this text file, one a line
     image: tuple[str, ...] = ()  # caption these image files, and all images in these folders
-    keep_rows: int = 0  # with --image: keep so many rows of image tokens and paint the rest, by --prompt or --variations
+    keep_rows: int = 0  # with --image: keep so many token rows and paint the rest by --prompt or --variations
     variations: bool = False  # with --image: paint what the captions say of it
     prefix: str = ""  # with --image: how the captions begin
-    reconstruct: tuple[str, ...] = ()  # show these images, and those in these folders, over their reconstructions
+    reconstruct: tuple[str, ...] = ()  # show these images, and those in folders, over their reconstructions
     eval: bool = False  # score reconstruction and both directions on validation data
     eval_items: int = 200  # validation items to score
     eval_pairs: int = 64  # so many of them for retrieval, each image against each caption
-    bench: bool = False  # measure decoding of a model of 12 x 512 instead, in float32 unless --dtype says otherwise
+    bench: bool = False  # measure decoding of a model of 12 x 512 instead, in float32 if --dtype is auto
     json: bool = False  # bench: print one JSON object last
     # How to sample, in both directions
     n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
@@ -77,9 +77,9 @@ class SampleConfig:
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
     top_p: float = 0.9  # sample from the likeliest tokens that sum to this probability
     guidance: float = 1.0  # classifier-free guidance: above 1 follows the given side more closely
-    seed: int = 0  # of an input's first sample; the others count up from it, those of the next input from 1000 further
-    rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1 keeps them as drawn
-    rerank_forward: float = 0.2  # share of log p(candidate | input) in that score; 0 is log p(input | candidate) alone
+    seed: int = 0  # of an input's first sample; others count up from it, the next input's from 1000 further
+    rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
+    rerank_forward: float = 0.2  # share of log p(candidate | input) in that, beside log p(input | candidate)
     beam: int = 0  # caption by a search with this many beams; 0 samples
     length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
     # Where and how to compute
@@ -89,27 +89,32 @@ class SampleConfig:
     fid_weights: str = ""  # file of Inception's, for FID; empty looks in torch hub's cache
     vgg_weights: str = ""  # file of VGG-16's, for LPIPS; empty looks in torch hub's cache
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
-    download: bool = False  # fetch what --eval misses of these, with a checked hash; without, it leaves the metric out
+    download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
 
 def check(config, given):
     """Raises ValueError, a sentence, for settings out of range or that do not go together."""
-    for name, low, high in (("n", 1, 1000), ("batch_size", 1, None), ("eval_items", 1, None), ("eval_pairs", 1, None),
-                            ("rerank", 1, 1000), ("rerank_forward", 0, 1), ("beam", 0, None), ("temperature", 0, None),
-                            ("top_k", 0, None), ("keep_rows", 0, None)):
+    ranges = (("n", 1, 1000), ("batch_size", 1, None), ("eval_items", 1, None), ("eval_pairs", 1, None),
+              ("rerank", 1, 1000), ("rerank_forward", 0, 1), ("beam", 0, None), ("temperature", 0, None),
+              ("top_k", 0, None), ("keep_rows", 0, None))
+    for name, low, high in ranges:
         value = getattr(config, name)
         if not low <= value <= (math.inf if high is None else high):
-            raise ValueError(f"--{name} {value} is not {f'at least {low}' if high is None else f'in {low} to {high}'}")
+            wanted = f"at least {low}" if high is None else f"in {low} to {high}"
+            raise ValueError(f"--{name} {value} is not {wanted}")
     if not 0 < config.top_p <= 1:
         raise ValueError(f"--top_p {config.top_p} is not above 0 and at most 1")
-    for name, what in (("prompt", "a caption"), ("prompts", "a file"), ("image", "an image file"), ("prefix", "words")):
+    for name, what in (("prompt", "a caption"), ("prompts", "a file"), ("image", "an image file"),
+                       ("prefix", "words")):
         if name in given and not "".join(given[name]).strip():
             raise ValueError(f"--{name} is empty: give it {what}")
-    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(config, name)]
+    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval")
+            if getattr(config, name)]
     if len(uses) > 1 and uses != ["--prompt", "--image"]:
         raise ValueError(f"{' and '.join(uses)} are different uses: choose one")
     if len(uses) == 2 and not config.keep_rows:
-        raise ValueError("--prompt with --image completes the image: say with --keep_rows how many rows to keep")
+        raise ValueError("--prompt with --image completes the image: "
+                         "say with --keep_rows how many rows to keep")
     for name in ("keep_rows", "variations", "prefix"):
         if getattr(config, name) and not config.image:
             raise ValueError(f"--{name} needs --image")
@@ -122,10 +127,12 @@ def check(config, given):
     if config.beam and (config.prompt or config.prompts):
         raise ValueError("--beam searches for captions: it does not paint")
     if config.beam and config.rerank > 1:
-        raise ValueError(f"--beam {config.beam} and --rerank {config.rerank} both choose captions: leave one out")
+        raise ValueError(f"--beam {config.beam} and --rerank {config.rerank} both choose captions: "
+                         "leave one out")
     for name in ("temperature", "top_k", "top_p"):
         if config.beam and config.image and not config.variations and name in given:
-            raise ValueError(f"--{name} is for sampling, and --beam {config.beam} does not sample: leave one out")
+            raise ValueError(f"--{name} is for sampling, and --beam {config.beam} does not sample: "
+                             "leave one out")
 
 
 class Run:
@@ -142,7 +149,8 @@ class Run:
         self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
         self.save_dir = config.save_dir or config.out_dir
         if config.keep_rows and config.keep_rows >= self.side:
-            raise ValueError(f"--keep_rows {config.keep_rows} is not in 1 to {self.side - 1}, of {self.side} rows of tokens")
+            raise ValueError(f"--keep_rows {config.keep_rows} is not in 1 to {self.side - 1}, "
+                             f"of {self.side} rows of tokens")
         os.makedirs(self.save_dir, exist_ok=True)
 
     def load_biart(self):
@@ -159,8 +167,9 @@ class Run:
         return self
 
     def encode(self, images):
-        """PIL images -> codes LongTensor (B, n), finest grid first, and what was encoded (B, 3, size, size)."""
-        pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images]).to(self.context.device)
+        """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
+        pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images])
+        pixels = pixels.to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
@@ -183,14 +192,16 @@ class Run:
             rows.append(ids)
             if cut:
                 kept = self.tokenizer.decode(ids)
-                print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to {kept!r}", file=sys.stderr)
+                print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to {kept!r}",
+                      file=sys.stderr)
         return torch.tensor(rows, device=self.context.device)
 
     def candidates(self, ref, to, n=1, first=0, prefix=None):
         """
-        The heart of all uses. REF sides (B, n_ref) of inputs number `first` and on -> for each a list of n (with --rerank,
-        all that were drawn, best first), as dicts: "tokens" (n_gen,), "order" in which they were found, "seed" (of sampled
-        ones), and "forward" and "reverse", log p(candidate | input) and log p(input | candidate) in nats.
+        The heart of all uses. REF sides (B, n_ref) of inputs number `first` and on -> for each a list of n
+        (with --rerank, all that were drawn, best first), as dicts: "tokens" (n_gen,), "order" in which they
+        were found, "seed" (of sampled ones), and in nats "forward", log p(candidate | input), and "reverse",
+        log p(input | candidate).
         """
         c, count = self.config, max(n, self.config.rerank)
         seeds = [[c.seed + 1000 * (first + i) + j for j in range(count)] for i in range(len(ref))]
@@ -198,38 +209,42 @@ class Run:
             if c.beam and to == "text":
                 tokens, _ = self.biart.beam_search(ref, c.beam, prefix, c.length_penalty, c.guidance)
             else:
-                tokens = self.biart.generate(ref, to, count, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
-                                             [seed for row in seeds for seed in row])
+                tokens = self.biart.generate(ref, to, count, prefix, c.temperature, c.top_k, c.top_p,
+                                             c.guidance, [seed for row in seeds for seed in row])
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])
             forward, reverse = (x.tolist() for x in self.biart.judge(ref, tokens, to))
         found = []
         for i, row in enumerate(seeds):
-            found.append([{"tokens": tokens[i, j], "order": j, "seed": None if c.beam and to == "text" else row[j],
-                           "forward": forward[i][j], "reverse": reverse[i][j]} for j in range(tokens.shape[1])])
+            found.append([{"tokens": tokens[i, j], "order": j,
+                           "seed": None if c.beam and to == "text" else row[j],
+                           "forward": forward[i][j], "reverse": reverse[i][j]}
+                          for j in range(tokens.shape[1])])
             if c.rerank > 1:
                 found[-1].sort(key=self.score, reverse=True)
         return found
 
     def score(self, candidate):
         """
-        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely it is itself,
-        without which a crippled circle passes for a circle.
+        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely
+        it is itself, without which a crippled circle passes for a circle.
         """
         share = self.config.rerank_forward
         return share * candidate["forward"] + (1 - share) * candidate["reverse"]
 
     def inputs(self, n, count, what):
         """Inputs number 0 ... count - 1, as many at a time as --batch_size lets n samples of each be made."""
-        return progress(range(count), max(1, self.config.batch_size // max(n, self.config.rerank, self.config.beam)), what)
+        drawn = max(n, self.config.rerank, self.config.beam)
+        return progress(range(count), max(1, self.config.batch_size // drawn), what)
 
     def paint(self, prompts, n=1, images=None):
         """
-        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed", "scores"}.
-        images: PIL images, one a caption, of which --keep_rows are kept.
+        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
+        "scores"}. images: PIL images, one a caption, of which --keep_rows are kept.
         """
+        n_kept = self.config.keep_rows * self.side
         for some in self.inputs(n, len(prompts), "painting"):
             captions = [prompts[i] for i in some]
-            kept = self.encode([images[i] for i in some])[0][:, :self.config.keep_rows * self.side] if images else None
+            kept = self.encode([images[i] for i in some])[0][:, :n_kept] if images else None
             found = self.candidates(self.tokenize(captions), "image", n, some[0], kept)
             for prompt, group in zip(captions, found):
                 pictures = self.decode(torch.stack([candidate["tokens"] for candidate in group[:n]]))
@@ -237,10 +252,11 @@ class Run:
                        for picture, candidate in zip(pictures, group)]
 
     def caption(self, images, n=1):
-        """PIL images -> yields for each n records {"picture": the image as encoded, "caption", "seed", "scores"}."""
+        """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
         ids = self.tokenizer.encode(self.config.prefix.strip())
         if len(ids) >= self.biart.config.n_text:
-            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {self.biart.config.n_text}")
+            raise ValueError(f"--prefix has {len(ids)} tokens, "
+                             f"and a whole caption at most {self.biart.config.n_text}")
         for some in self.inputs(n, len(images), "captioning"):
             codes, pixels = self.encode([images[i] for i in some])
             found = self.candidates(codes, "text", n, some[0], codes.new_tensor(ids).expand(len(some), -1))
@@ -254,7 +270,8 @@ class Run:
 
 def told(candidate):
     """What samples.json tells of a candidate."""
-    return {"seed": candidate["seed"], "scores": {way: round(candidate[way], 3) for way in ("forward", "reverse")}}
+    return {"seed": candidate["seed"],
+            "scores": {way: round(candidate[way], 3) for way in ("forward", "reverse")}}
 
 
 def progress(items, size, what):
@@ -265,7 +282,8 @@ def progress(items, size, what):
         done = start + size
         if done < len(items) and time.time() - shown > 5:
             shown = time.time()
-            print(f"{what}: {done} of {len(items)}, {(shown - began) / done * (len(items) - done):.0f} s left", flush=True)
+            left = (shown - began) / done * (len(items) - done)
+            print(f"{what}: {done} of {len(items)}, {left:.0f} s left", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -287,9 +305,9 @@ def read_prompts(path):
 
 def read_images(run, paths):
     """
-    Image files, and folders of them in the order of their names -> [path], [PIL image, cropped to what the model takes].
-    A folder's unreadable images are passed over with a warning. Raises ValueError for a file that is no image, and for a
-    folder that holds none.
+    Image files, and folders of them in the order of their names -> [path], [PIL image, cropped to what the
+    model takes]. A folder's unreadable images are passed over with a warning. Raises ValueError for a file
+    that is no image, and for a folder that holds none.
     """
     found = []
     for path in paths:
@@ -311,8 +329,9 @@ def read_images(run, paths):
 
 def keep(run, name, groups, columns):
     """
-    Write what is made, lists of records that belong together, as it comes: every picture by itself as {name}_{i}.png, all
-    on {name}.png (past 64 rows, on {name}_sheet_2.png, ...) with words below, and all that is known in samples.json.
+    Write what is made, lists of records that belong together, as it comes: every picture by itself as
+    {name}_{i}.png, all on {name}.png (past 64 rows, on {name}_sheet_2.png, ...) with words below, and all
+    that is known in samples.json.
     """
     entries, shown = [], []
     where = os.path.join(run.save_dir, name)
@@ -322,14 +341,16 @@ def keep(run, name, groups, columns):
         path = f"{where}_sheet_{page}.png" if page > 1 else f"{where}.png"
         data.contact_sheet([r["picture"] for r in shown], [note(run, r) for r in shown], columns).save(path)
         with open(os.path.join(run.save_dir, "samples.json"), "w", encoding="utf-8") as f:
-            json.dump({"settings": dataclasses.asdict(run.config), "samples": entries}, f, indent=1, ensure_ascii=False)
+            json.dump({"settings": dataclasses.asdict(run.config), "samples": entries}, f, indent=1,
+                      ensure_ascii=False)
         print(f"wrote {path}")
         shown.clear()
 
     for record in (record for group in groups for record in group):
         path = f"{where}_{len(entries)}.png"
         record["picture"].save(path)
-        entries.append({"file": os.path.basename(path), **{k: v for k, v in record.items() if k != "picture"}})
+        entries.append({"file": os.path.basename(path),
+                        **{k: v for k, v in record.items() if k != "picture"}})
         shown.append(record)
         print(f"{record.get('image', path)}: {note(run, record)}")
         if len(shown) == 64 * columns:
@@ -342,7 +363,8 @@ def note(run, record):
     """What stands under a picture: words, and with --rerank the score that put it in its place."""
     words = (f"paint: {record['prompt']}" if "prompt" in record else
              f"it says: {record['caption']}" if "caption" in record else record["image"])
-    return f"{words} [{run.score(record['scores']):.1f}]" if run.config.rerank > 1 and "scores" in record else words
+    ranked = run.config.rerank > 1 and "scores" in record
+    return f"{words} [{run.score(record['scores']):.1f}]" if ranked else words
 
 
 def columns_for(together):
@@ -356,7 +378,8 @@ def show_reconstructions(run, paths, images):
         for some in progress(range(len(images)), 8, "reconstruction"):
             codes, pixels = run.encode([images[i] for i in some])
             yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(some, pixels)]
-            yield [{"picture": x, "image": f"{paths[i]}, its tokens"} for i, x in zip(some, run.decode(codes))]
+            yield [{"picture": x, "image": f"{paths[i]}, its tokens"}
+                   for i, x in zip(some, run.decode(codes))]
 
     keep(run, "reconstructed", groups(), min(8, len(images)))
 
@@ -369,12 +392,13 @@ def show_paintings(run, prompts):
 def show_captions(run, paths, images):
     """n captions of each image."""
     n = min(run.config.n, run.config.beam or run.config.n)
-    said = ([{"image": path, **record} for record in group] for path, group in zip(paths, run.caption(images, n)))
+    said = ([{"image": path, **record} for record in group]
+            for path, group in zip(paths, run.caption(images, n)))
     keep(run, "captioned", said, columns_for(n))
 
 
 def show_repaintings(run, paths, images):
-    """Each image, then n more that begin with its first rows: painted by --prompt, or by what the captions say of it."""
+    """Each image, then n more that begin with its first rows: painted by --prompt, or by its captions."""
     n = run.config.n
     painted = run.paint([run.config.prompt] * len(images), n, images)
     if run.config.variations:
@@ -382,7 +406,8 @@ def show_repaintings(run, paths, images):
         prompts = [record["caption"] for group in run.caption(images, n) for record in group]
         one_by_one = run.paint(prompts, 1, [image for image in images for _ in range(n)])
         painted = ([record for _ in range(n) for record in next(one_by_one)] for _ in images)
-    groups = ([{"picture": image, "image": path}, *group] for path, image, group in zip(paths, images, painted))
+    groups = ([{"picture": image, "image": path}, *group]
+              for path, image, group in zip(paths, images, painted))
     keep(run, "repainted", groups, columns_for(n + 1))
 
 
@@ -411,8 +436,8 @@ def l1(x, y):
 
 def ssim(x, y, sample_covariance=False):
     """
-    Images (B, C, H, W) in [0, 1], twice, of 11 pixels and more -> structural similarity (B,) in a Gaussian window of 11 x 11
-    pixels, sigma 1.5, as Wang et al. 2004 have it. sample_covariance divides by N - 1, scikit-image's default.
+    Images (B, C, H, W) in [0, 1], twice, 11 pixels or more -> structural similarity (B,) in Gaussian windows
+    of 11 x 11, sigma 1.5, as in Wang et al. 2004. sample_covariance divides by N - 1, scikit-image's default.
     """
     window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
     window = torch.outer(window, window)[None, None] / window.sum() ** 2
@@ -428,25 +453,8 @@ def ssim(x, y, sample_covariance=False):
 
 # Name in torch hub's cache, how its SHA-256 hash begins, address
 FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
-            "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
-
-
-def weights_at_hand(config, flag, name, sha256, url):
-    """The file that --flag names, or that torch hub's cache holds, or that --download fetches to there; else None."""
-    cached = os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    given = getattr(config, flag)
-    if given and not os.path.isfile(given):
-        raise ValueError(f"there is no file {given} for --{flag}: it is {name}, from {url}")
-    if config.download and not given and not os.path.exists(cached):
-        os.makedirs(os.path.dirname(cached), exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, cached, hash_prefix=sha256)
-        except (OSError, RuntimeError) as e:
-            raise OSError(f"{url} could not be fetched ({e}): put it at {cached}, or give it by --{flag}") from None
-    if not given and not os.path.exists(cached):
-        print(f"{name} is not at {cached}: give it by --{flag}, or --download; what needs it is left out")
-        return None
-    return given or cached
+            ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+             "pt_inception-2015-12-05-6726825d.pth"))
 
 
 class OtherPool(nn.Module):
@@ -463,8 +471,8 @@ class OtherPool(nn.Module):
 
 class FIDInception(nn.Module):
     """
-    The network of FID: PIL images of one size -> features (B, 2048). It is torchvision's Inception v3 but for its pooling
-    branches: averages leave out the padding, and the last block takes a maximum. `path` holds its weights.
+    FID's network: PIL images of one size -> features (B, 2048). It is torchvision's Inception v3 but for its
+    pooling branches: averages leave out padding, the last block takes a maximum. `path` holds its weights.
     """
 
     def __init__(self, path):
@@ -492,9 +500,10 @@ class FIDInception(nn.Module):
 
 def frechet_distance(x, y):
     """
-    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), C = covariance.
-    With C = R'R, from a QR decomposition of the centred features, C_x C_y has the eigenvalues of (R_x R_y') (R_x R_y')', so
-    the last trace is the sum of R_x R_y' 's singular values: no root of a matrix, and exact where N < D, too.
+    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), with C
+    the covariance. As C = R'R, from a QR decomposition of the centred features, C_x C_y has the eigenvalues
+    of (R_x R_y') (R_x R_y')', so the last trace is the sum of R_x R_y' 's singular values: no root of a
+    matrix, and exact where N < D, too.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID is between two sets of at least 2 images, not {len(x)} and {len(y)}")
@@ -515,7 +524,7 @@ PUNCTUATION = set(".,:;?!-'\"`()[]{}…–—“”‘")
 
 def caption_words(caption):
     """
-    A caption as words by the MS-COCO convention, which is the Penn Treebank's in lower case, without punctuation:
+    A caption as words by the MS-COCO convention, the Penn Treebank's in lower case, without punctuation:
     "A dog's t-shirt isn't here!" -> ["a", "dog", "'s", "t-shirt", "is", "n't", "here"]
     (COCO's tool means to drop brackets but lets them through as "-lrb-"; here they are dropped.)
     """
@@ -532,8 +541,8 @@ def ngrams(words):
 
 def bleu(said, references):
     """
-    Corpus BLEU-1 ... BLEU-4. said: a list of captions, each a list of words; references: for each a list of such captions.
-    A caption's reference length is that of the reference nearest in length.
+    Corpus BLEU-1 ... BLEU-4. said: a list of captions, each a list of words; references: for each a list of
+    such captions. A caption's reference length is that of the reference nearest in length.
     """
     right, possible, length, reference_length = [0] * 4, [0] * 4, 0, 0
     for words, others in zip(said, references):
@@ -552,20 +561,22 @@ def bleu(said, references):
 
 
 def rouge_l(said, references):
-    """Mean over captions of the F-measure (beta 1.2) of the longest common subsequence; lists of words as for bleu()."""
+    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
     def common(a, b):
         best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
         for word in a:
             diagonal = 0
             for j, other in enumerate(b):
-                diagonal, best[j + 1] = best[j + 1], diagonal + 1 if word == other else max(best[j], best[j + 1])
+                longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
+                diagonal, best[j + 1] = best[j + 1], longest
         return best[-1]
 
     total = 0.0
     for words, others in zip(said, references):
         words, others = words or [""], [other or [""] for other in others]
         lengths = [common(words, other) for other in others]
-        precision, recall = max(lengths) / len(words), max(n / len(other) for n, other in zip(lengths, others))
+        precision = max(lengths) / len(words)
+        recall = max(n / len(other) for n, other in zip(lengths, others))
         if precision and recall:
             total += (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
     return total / len(said)
@@ -573,8 +584,8 @@ def rouge_l(said, references):
 
 def cider_d(said, references):
     """
-    CIDEr-D, 0 to 10; lists of words as for bleu(). Document frequencies are those of these references, so the score is of
-    the set as a whole, and 0 for a single image.
+    CIDEr-D, 0 to 10; lists of words as for bleu(). Document frequencies are those of these references, so the
+    score is of the set as a whole, and 0 for a single image.
     """
     documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
 
@@ -599,7 +610,8 @@ def cider_d(said, references):
 
 def caption_scores(said, references):
     """Captions, and for each a list of right ones -> {"bleu1", ... "bleu4", "rouge_l", "cider_d"}."""
-    said, references = [caption_words(c) for c in said], [[caption_words(c) for c in others] for others in references]
+    said = [caption_words(c) for c in said]
+    references = [[caption_words(c) for c in others] for others in references]
     return {**{f"bleu{n}": value for n, value in enumerate(bleu(said, references), 1)},
             "rouge_l": rouge_l(said, references), "cider_d": cider_d(said, references)}
 
@@ -607,23 +619,32 @@ def caption_scores(said, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
+def find_weights(run, flag, file):
+    """Path of weights: named by --flag, cached or, with --download, fetched; else None, and says so."""
+    path = augvae.published(flag, getattr(run.config, flag), *file, run.config.download)
+    if not path:
+        print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
+              "what needs it is left out")
+    return path
+
+
 def find_inception(run):
     """FIDInception, or None where its weights are not at hand."""
-    path = weights_at_hand(run.config, "fid_weights", *FID_FILE)
+    path = find_weights(run, "fid_weights", FID_FILE)
     return path and FIDInception(path).to(run.context.device)
 
 
 def find_lpips(run):
     """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    paths = [weights_at_hand(run.config, flag, *file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
-                                                                         ("lpips_weights", augvae.LPIPS_FILE))]
+    paths = [find_weights(run, flag, file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
+                                                              ("lpips_weights", augvae.LPIPS_FILE))]
     return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None
 
 
 def score(run, val, heldout):
     """
-    -> the scores of all of these, by name; those of `heldout`, the built-in scenes' split of things never seen (or None),
-    with "_heldout" behind their names. See the functions below.
+    -> the scores of all of these, by name; those of `heldout`, the built-in scenes' split of things never
+    seen (or None), with "_heldout" behind their names. See the functions below.
     """
     inception = find_inception(run)
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val)}
@@ -636,7 +657,8 @@ def score(run, val, heldout):
 
 def prompts_of(dataset):
     """One caption an item; which one changes from item to item."""
-    return [captions[i % len(captions)] for i, captions in enumerate(map(dataset.captions, range(len(dataset))))]
+    return [captions[i % len(captions)]
+            for i, captions in enumerate(map(dataset.captions, range(len(dataset))))]
 
 
 def reconstruction_scores(run, val, inception=None):
@@ -647,7 +669,8 @@ def reconstruction_scores(run, val, inception=None):
     metrics, lpips = {"psnr": psnr, "ssim": ssim, "l1": l1}, find_lpips(run)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
-    values, counts, features = {name: [] for name in metrics}, torch.zeros(run.vae.config.codebook_size), ([], [])
+    values, features = {name: [] for name in metrics}, ([], [])
+    counts = torch.zeros(run.vae.config.codebook_size)
     for items in progress(range(len(val)), 50, "reconstruction"):
         codes, pixels = run.encode([val.image(i) for i in items])
         again = run.pixels(codes)
@@ -665,9 +688,10 @@ def reconstruction_scores(run, val, inception=None):
 
 def likelihood_scores(run, val):
     """
-    -> {"t2i_bits", "i2t_bits"}, bits per generated token on one caption an image; and, on the first --eval_pairs of them,
-    "..._recall1" and "..._recall5", how often the right one of all images is among the one or five that explain the text
-    best, by log p(text | image) (t2i), and the right text among those that explain the image best (i2t).
+    -> {"t2i_bits", "i2t_bits"}, bits per generated token on one caption an image; and, on the first
+    --eval_pairs of them, "..._recall1" and "..._recall5", how often the right one of all images is among the
+    one or five that explain the text best, by log p(text | image) (t2i), and the right text among those that
+    explain the image best (i2t).
     """
     prompts, sides = prompts_of(val), {"text": [], "image": []}
     for items in progress(range(len(val)), 50, "encoding"):
@@ -701,7 +725,7 @@ def generation_scores(run, dataset, oracle, inception=None):
     "t2i_exact", "i2t_exact": with an oracle, the shares that have all attributes and the relation right;
     "bleu1" ... "bleu4", "rouge_l", "cider_d" of the captions, against all that the item has;
     "fid" of the paintings, where there are weights.
-    With --rerank all of these once more, "..._rerank", of the best candidate; those without the suffix are of the first.
+    With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
     choose = {"": lambda group: min(group, key=lambda candidate: candidate["order"])}
     if run.config.rerank > 1:
@@ -721,11 +745,14 @@ def generation_scores(run, dataset, oracle, inception=None):
         found = caption_scores(said[way], references)
         if oracle:
             truth = [data.parse_caption(captions[0]) for captions in references]
-            found["t2i_exact"] = share(data.read_scene(image) == fact for image, fact in zip(painted[way], truth))
-            found["i2t_exact"] = share(data.parse_caption(text) == fact for text, fact in zip(said[way], truth))
+            found["t2i_exact"] = share(data.read_scene(image) == fact
+                                       for image, fact in zip(painted[way], truth))
+            found["i2t_exact"] = share(data.parse_caption(text) == fact
+                                       for text, fact in zip(said[way], truth))
         if inception:
-            found["fid"] = frechet_distance(*(torch.cat([inception(images[i:i + 50]) for i in range(0, len(images), 50)])
-                                              for images in (originals, painted[way])))
+            features = (torch.cat([inception(images[i:i + 50]) for i in range(0, len(images), 50)])
+                        for images in (originals, painted[way]))
+            found["fid"] = frechet_distance(*features)
         scores.update({name + way: value for name, value in found.items()})
     return scores
 
@@ -734,7 +761,8 @@ def generation_scores(run, dataset, oracle, inception=None):
 # A page of it all
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
-body {{font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}} td {{padding: 1px 12px 1px 0}}
+body {{font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}} \
+td {{padding: 1px 12px 1px 0}}
 img {{max-width: 100%}} figure {{margin: 0 0 1em}} .grid {{display: flex; flex-wrap: wrap; gap: 12px}}
 .grid figure {{width: 150px; font-size: 12px}} .grid img {{width: 150px; image-rendering: pixelated}}
 </style><h1>{name}</h1>
@@ -743,15 +771,17 @@ img {{max-width: 100%}} figure {{margin: 0 0 1em}} .grid {{display: flex; flex-w
 
 
 def write_page(run):
-    """page.html: scores, samples, curves and grids as they lie in save_dir and out_dir, in one file without scripts."""
+    """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
     def figure(path, *lines):
         with open(path, "rb") as f:
             picture = base64.b64encode(f.read()).decode()
         text = "<br>".join(map(html.escape, lines))
-        return f'<figure><img src="data:image/png;base64,{picture}" alt=""><figcaption>{text}</figcaption></figure>'
+        return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
+                f'<figcaption>{text}</figcaption></figure>')
 
     def table(rows):
-        cells = (f"<tr><td>{html.escape(str(name))}<td>{html.escape(str(value))}" for name, value in rows.items())
+        cells = (f"<tr><td>{html.escape(str(name))}<td>{html.escape(str(value))}"
+                 for name, value in rows.items())
         return f"<table>{''.join(cells)}</table>"
 
     def about(entry):
@@ -769,8 +799,10 @@ def write_page(run):
         if os.path.exists(path):
             with open(path, encoding="utf-8") as f:
                 made = json.load(f)
-            parts += [f"<h2>{name}</h2>", table(made["scores"]) if name == "scores" else '<div class="grid">' + "".join(
-                figure(os.path.join(run.save_dir, entry["file"]), *about(entry)) for entry in made["samples"]) + "</div>"]
+            body = table(made["scores"]) if name == "scores" else '<div class="grid">' + "".join(
+                figure(os.path.join(run.save_dir, entry["file"]), *about(entry))
+                for entry in made["samples"]) + "</div>"
+            parts += [f"<h2>{name}</h2>", body]
             parts.append(f"<details><summary>settings</summary>{table(made['settings'])}</details>")
     for stage in STAGES:
         stem = os.path.join(run.config.out_dir, stage)
@@ -781,7 +813,8 @@ def write_page(run):
             parts += [f"<h2>{stage}</h2>", *(figure(path, os.path.basename(path)) for path in curve + some)]
     path = os.path.join(run.save_dir, "page.html")
     with open(path, "w", encoding="utf-8") as f:
-        f.write(PAGE.format(name=html.escape(os.path.basename(os.path.abspath(run.config.out_dir))), body="\n".join(parts)))
+        title = html.escape(os.path.basename(os.path.abspath(run.config.out_dir)))
+        f.write(PAGE.format(name=title, body="\n".join(parts)))
     print(f"wrote {path}")
 
 
@@ -791,8 +824,8 @@ def write_page(run):
 @torch.no_grad()
 def bench(config, rounds=3):
     """
-    Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at batch 1 and 8; a
-    whole image of 1024 tokens; how much longer a token takes at the end of that; the cost of guidance.
+    Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at
+    batch 1 and 8; a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
     """
     context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
     torch.manual_seed(0)
@@ -804,8 +837,9 @@ def bench(config, rounds=3):
     def seconds(model, batch, left=None, **settings):
         """Of painting all tokens, or the last `left`."""
         codes = text.new_zeros(batch, model.config.n_image)
-        times = [context.seconds(lambda: model.generate(
-            text[:batch], "image", prefix=codes[:, :-left] if left else None, **settings)) for _ in range(rounds + 1)]
+        prefix = codes[:, :-left] if left else None
+        times = [context.seconds(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
+                 for _ in range(rounds + 1)]
         return statistics.median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
@@ -818,16 +852,19 @@ def bench(config, rounds=3):
         floor = (weights * context.dtype.itemsize + cache) * 256 / bandwidth
         measured["tokens_per_s"][str(batch)] = batch * 256 / taken
         measured["share_of_floor"][str(batch)] = floor / taken
-        print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, {floor / taken:.0%} of what reading "
-              f"weights and cache at {bandwidth / 1e9:.0f} GB/s allows", flush=True)
+        print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
+              f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows",
+              flush=True)
         if batch == 1:
             measured["guidance_cost"] = seconds(short, 1, guidance=2.0) / taken
             measured["image_s"] = seconds(whole, 1)
             measured["growth"] = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (taken / 256)
-            print("guidance costs {guidance_cost:.2f} times as much; a whole image of 1024 tokens takes {image_s:.1f} s; "
+            print("guidance costs {guidance_cost:.2f} times as much; "
+                  "a whole image of 1024 tokens takes {image_s:.1f} s; "
                   "a token at its end takes {growth:.2f} times as long".format(**measured), flush=True)
-    return {**measured, "median_s": 256 / measured["tokens_per_s"]["1"], "peak_gb": context.peak_gb() - before,
-            "device": context.name(), "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
+    return {**measured, "median_s": 256 / measured["tokens_per_s"]["1"],
+            "peak_gb": context.peak_gb() - before, "device": context.name(),
+            "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
 
 
 # -----------------------------------------------------------------------------

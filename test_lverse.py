@@ -3,7 +3,7 @@ Tests, by file and in the order of the pipeline: tokenizer, data, augvae, biart,
 
 $ pytest -q
 
-They compare with brute force, with a reference, or with the long way round; the last ones run the real commands.
+They compare with brute force, a reference, or the long way round; the last ones run the real commands.
 """
 import argparse
 import contextlib
@@ -350,7 +350,8 @@ def test_tokenizer_load_reads_both_kinds_and_captions_have_one_end(tmp_path):
     for text in ("a<|endoftext|>b", "<|startoftext|>a &lt;|EndOfText|&gt; b"):
         assert tok.encode_padded(text, 4) == ([320, 321, tok.end, tok.pad], False)
         assert tok.encode_padded(text, 2) == ([320, tok.end], True)
-    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
+    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(
+        HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
     assert Tokenizer.load(path).fingerprint() == tok.fingerprint()
     (tmp_path / "short").write_bytes(gzip.compress(b"a header\ni n"))
     with pytest.raises(ValueError, match="short has only 1 merges"):
@@ -363,7 +364,8 @@ def test_tokenizer_clip_words():
         return tokenizer_module.clip_pattern().findall(tokenizer_module.clip_clean(text))
     assert words("It's <B>20Ⅷ½</B>!") == ["it", "'s", "<", "b", ">", "2", "0", "ⅷ", "½", "</", "b", ">!"]
     assert words("snow_man DON'T, we'LL") == ["snow", "_", "man", "don", "'t", ",", "we", "'ll"]
-    assert words("हिन्दी") == ["ह", "ि", "न", "्", "द", "ी"]  # vowel signs are marks, neither letter nor number
+    # vowel signs are marks, neither letter nor number
+    assert words("हिन्दी") == ["ह", "ि", "न", "्", "द", "ी"]
     assert words("&amp;amp;lt; &nbsp; x\u3000y") == ["&", "lt", ";", "x", "y"]
     assert words("a<|StartOfText|>b <|endoftext|>") == ["a", "<|startoftext|>", "b", "<|endoftext|>"]
     assert words("'ſtop 'Sir") == ["'ſ", "top", "'s", "ir"]
@@ -382,7 +384,8 @@ def test_scenes_are_deterministic_and_hold_out_combinations():
     assert not contents["train"] & contents["val"]
     for split, held in (("train", False), ("val", False), ("heldout", True)):
         for content in contents[split]:
-            assert bool({thing for first, second, _ in content for thing in (first, second)} & data.HELD_OUT) == held
+            things = {thing for first, second, _ in content for thing in (first, second)}
+            assert bool(things & data.HELD_OUT) == held
     # every single attribute of the held-out things is seen in training
     seen = {word for i in range(300) for thing in train_scenes.scene(i)[:2] for word in thing}
     assert seen == set(data.SIZES) | set(data.COLOURS) | set(data.SHAPES)
@@ -416,7 +419,8 @@ def test_oracle_refuses_what_is_not_two_things():
     three = [("small", "red", "circle")] * 3
     assert data.read_scene(data.draw_things(three, [(12, 12), (32, 32), (52, 52)])) is None
     for caption in ("", "a red circle", "a small red circle above a large blue", "a small red circle above",
-                    "a small red circle above a large blue square today", "a large pink circle above a small red cross"):
+                    "a small red circle above a large blue square today",
+                    "a large pink circle above a small red cross"):
         assert data.parse_caption(caption) is None
 
 
@@ -546,20 +550,24 @@ def pack(path, members):
 
 
 def test_crops_of_the_whole_picture_are_those_of_torchvision():
-    def boxes(w, h, of, n=400):  # a picture whose colours tell where a pixel was, so that a crop tells what it shows
+    def boxes(w, h, of, n=400):
+        # a picture whose colours tell where a pixel was, so that a crop tells what it shows
         ramp = np.zeros((h, w, 3), np.uint8)
         ramp[..., 0], ramp[..., 1] = np.arange(w)[None], np.arange(h)[:, None]
         crops = (data.crop_to_tensor(Image.fromarray(ramp), 64, 0.75, random.Random(i), of) for i in range(n))
         crops = [(c + 1) * 127.5 for c in crops]
-        return np.array([(c[0, 0, -1] - c[0, 0, 0]) * 64 / 63 for c in crops]), np.array([c[0].mean() for c in crops])
+        sides = np.array([(c[0, 0, -1] - c[0, 0, 0]) * 64 / 63 for c in crops])
+        return sides, np.array([c[0].mean() for c in crops])
 
     for w, h in ((120, 120), (128, 120), (160, 120)):
         sides, centres = boxes(w, h, "picture")
         torch.manual_seed(0)
-        tried = [RandomResizedCrop.get_params(torch.empty(3, h, w), [0.75, 1.0], [1.0, 1.0]) for _ in range(2000)]
+        tried = [RandomResizedCrop.get_params(torch.empty(3, h, w), [0.75, 1.0], [1.0, 1.0])
+                 for _ in range(2000)]
         assert np.mean(sides) == pytest.approx(np.mean([t[3] for t in tried]), abs=1.5)
         assert np.std(centres) == pytest.approx(np.std([t[1] + t[3] / 2 for t in tried]), abs=1)
-    assert sides.min() > 117 > boxes(160, 120, "square")[0].min() + 10  # of 4:3 pictures the release shows all the height
+    # of 4:3 pictures the release shows all the height
+    assert sides.min() > 117 > boxes(160, 120, "square")[0].min() + 10
     with pytest.raises(ValueError, match="none of: square, picture"):
         data.Pixels(data.Scenes("val", 1), 32, 0.5, "circle")
 
@@ -569,7 +577,8 @@ def coco(tmp_path, n=4, size=64):
     for i in range(n):
         noise(tmp_path / "images" / f"{i}.png", i, size)
     record = {"images": [{"id": i + 100, "file_name": f"{i}.png"} for i in range(n)],
-              "annotations": [{"image_id": i // 2 + 100, "caption": f"caption {i}"} for i in range(2 * n - 2)]}
+              "annotations": [{"image_id": i // 2 + 100, "caption": f"caption {i}"}
+                              for i in range(2 * n - 2)]}
     path = tmp_path / "captions.json"
     path.write_text(json.dumps(record))
     return tmp_path / "images", path, record
@@ -858,7 +867,8 @@ def test_every_epoch_holds_every_sample_once_and_resumes_anywhere(shards, world)
     assert found[0] == found[1] == found[2]
     for start in range(steps):
         rank = start % world
-        again = drawn(view, steps - start, batch, 5, start * batch * world, rank, world, 2 if start == 7 else 0, buffer=3)
+        again = drawn(view, steps - start, batch, 5, start * batch * world, rank, world,
+                      2 if start == 7 else 0, buffer=3)
         assert again == tuple(column[start * batch:] for column in found[0][rank])
     other = drawn(view, steps, batch, 6, 0, 0, world, buffer=3)
     assert other[0] != found[0][0][0]
@@ -886,7 +896,8 @@ def test_order_covers_every_sample_once_and_resumes():
             assert next(iter(data.Order(n, 1, 5, begun))) == [(indices[begun], begun)]
         # the ranks' batches side by side are the batch of one rank with a batch as large as all of them
         whole = next(iter(data.Order(n, batch * world, 5, 3, 0, 1)))
-        assert whole == [key for rank in range(world) for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
+        assert whole == [key for rank in range(world)
+                         for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
 
 
 def test_shards_are_read_front_to_back_each_by_one_rank():
@@ -1096,7 +1107,8 @@ def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path):
 
 
 def test_contact_sheet_has_room_for_everything():
-    sheet = data.contact_sheet([Image.new("RGB", (64, 64), "red")] * 5, ["a long caption " * 8] * 5, columns=3, side=96)
+    sheet = data.contact_sheet([Image.new("RGB", (64, 64), "red")] * 5, ["a long caption " * 8] * 5,
+                               columns=3, side=96)
     assert sheet.width == 3 * 102 + 6 and sheet.height > 2 * 102
     assert (np.asarray(sheet)[50, 50] == (255, 0, 0)).all()
 
@@ -1104,8 +1116,8 @@ def test_contact_sheet_has_room_for_everything():
 # -----------------------------------------------------------------------------
 # augvae.py
 
-TINY = AugVAEConfig(image_size=32, levels=(8, 4, 2), hidden=8, ch_mult=(1, 2, 4), ch_mult_inner=(2, 4), n_res_blocks=1,
-                    n_groups=4, z_channels=16, codebook_size=24, codebook_dim=6)
+TINY = AugVAEConfig(image_size=32, levels=(8, 4, 2), hidden=8, ch_mult=(1, 2, 4), ch_mult_inner=(2, 4),
+                    n_res_blocks=1, n_groups=4, z_channels=16, codebook_size=24, codebook_dim=6)
 
 
 def images(n=2, side=32, seed=0):
@@ -1116,7 +1128,8 @@ def test_the_default_is_the_released_model():
     with torch.device("meta"):
         vae = AugVAE(AugVAEConfig())
     assert sum(g * g for g in vae.config.grids) == 5440
-    assert round(sum(t.numel() for t in vae.state_dict().values()) / 1e6) == 225  # codebook and its averages included
+    # codebook and its averages included
+    assert round(sum(t.numel() for t in vae.state_dict().values()) / 1e6) == 225
 
 
 @pytest.mark.parametrize("field, value, message", [
@@ -1144,10 +1157,12 @@ def test_the_fused_convolution_equals_its_plain_version(dtype, dropout):
 
     for f in (fused, plain):
         torch.manual_seed(1)  # the same dropout mask
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):  # not shared: it caches weights
+        # not shared: it caches weights
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             y = f(x)
         torch.manual_seed(2)
-        seen.append([y, *torch.autograd.grad((y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum(), [x, *fused.parameters()])])
+        loss = (y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum()
+        seen.append([y, *torch.autograd.grad(loss, [x, *fused.parameters()])])
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(*seen):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
@@ -1205,7 +1220,8 @@ def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
     assert torch.allclose(z_q, book.lookup(codes), atol=1e-6)
     grad = torch.randn_like(z)
     assert torch.equal(torch.autograd.grad(z_q, z, grad, retain_graph=True)[0], grad)
-    assert torch.allclose(torch.autograd.grad(loss, z)[0], 2 * (z - book.lookup(codes)) / z.numel(), atol=1e-7)
+    expected = 2 * (z - book.lookup(codes)) / z.numel()
+    assert torch.allclose(torch.autograd.grad(loss, z)[0], expected, atol=1e-7)
     assert all(torch.equal(before[k], v) for k, v in book.state_dict().items())
 
 
@@ -1315,7 +1331,8 @@ def test_single_level_surgery():
 
 def test_attention_sits_where_the_release_has_it():
     plain, attentive = AugVAE(TINY), AugVAE(dataclasses.replace(TINY, attention=True))
-    added = {n.rsplit(".", 2)[0] for n in attentive.state_dict()} - {n.rsplit(".", 2)[0] for n in plain.state_dict()}
+    added = ({n.rsplit(".", 2)[0] for n in attentive.state_dict()}
+             - {n.rsplit(".", 2)[0] for n in plain.state_dict()})
     expected = set()
     for i, top in enumerate((2, 1, 1)):
         expected |= {f"encoders.{i}.down_{top}_attn_0", f"encoders.{i}.mid_attn_1"}
@@ -1331,7 +1348,7 @@ def test_attention_sits_where_the_release_has_it():
 
 
 def released_shapes(c, single_level=0):
-    """Names and shapes of the tensors of a released checkpoint, in its order; `c` holds the release's options."""
+    """Names and shapes of a released checkpoint's tensors, in its order; `c` holds the release's options."""
     shapes, z, h = {}, c["z_channels"], c["hidden_dim"]
 
     def norm(name, channels):
@@ -1407,7 +1424,7 @@ def released_shapes(c, single_level=0):
 
 
 def released_state(c, single_level=0):
-    """Weights by rule: numpy's RandomState(i) for the i-th tensor, scaled by what it is; tied ones are one."""
+    """Weights by rule: numpy's RandomState(i) for tensor i, scaled by what it is; tied ones are one."""
     state = {}
     for i, (name, shape) in enumerate(released_shapes(c, single_level).items()):
         r = np.random.RandomState(i).standard_normal(shape)
@@ -1430,36 +1447,44 @@ def released_state(c, single_level=0):
 
 def released_file(path, c, single_level=0, **changes):
     """A checkpoint as Lightning writes them; returns its path."""
-    settings = {**c, "dropout": 0.1, "quant_beta": 0.25, "quant_ema_decay": 0.9, "quant_ema_eps": 1e-5, "loss_type": "lpips_l2"}
-    torch.save({"epoch": 3, "global_step": 9, "pytorch-lightning_version": "1.5.0", "optimizer_states": [{"state": {}}],
-                "state_dict": {**released_state(c, single_level), "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)},
-                "hyper_parameters": {"args": argparse.Namespace(**settings), "batch_size": 8}, **changes}, path)
+    settings = {**c, "dropout": 0.1, "quant_beta": 0.25, "quant_ema_decay": 0.9, "quant_ema_eps": 1e-5,
+                "loss_type": "lpips_l2"}
+    torch.save({"epoch": 3, "global_step": 9, "pytorch-lightning_version": "1.5.0",
+                "optimizer_states": [{"state": {}}],
+                "state_dict": {**released_state(c, single_level),
+                               "loss.perceptual_loss.lin0.model.1.weight": torch.ones(1)},
+                "hyper_parameters": {"args": argparse.Namespace(**settings), "batch_size": 8},
+                **changes}, path)
     return str(path)
 
 
-RELEASED = {"resolution": 32, "ch_mult": [1, 2], "attn_resolutions": [16, 8, 4, 2], "num_res_blocks": 1, "hidden_dim": 32,
-            "z_channels": 32, "codebook_dim": 32, "num_tokens": 64, "use_attn": False}
-ATTENTIVE = {**RELEASED, "ch_mult": [1, 1, 2], "attn_resolutions": [8, 4, 2], "num_res_blocks": 2, "z_channels": 48,
-             "codebook_dim": 16, "num_tokens": 100, "use_attn": True}
-# What the released code computes: SHA-256 of the tokens as int32, every 997th value of the reconstruction, commitment
-# (of the levels that are decoded), mean squared error, and norms of the gradients of the sum of the two.
+RELEASED = {"resolution": 32, "ch_mult": [1, 2], "attn_resolutions": [16, 8, 4, 2], "num_res_blocks": 1,
+            "hidden_dim": 32, "z_channels": 32, "codebook_dim": 32, "num_tokens": 64, "use_attn": False}
+ATTENTIVE = {**RELEASED, "ch_mult": [1, 1, 2], "attn_resolutions": [8, 4, 2], "num_res_blocks": 2,
+             "z_channels": 48, "codebook_dim": 16, "num_tokens": 100, "use_attn": True}
+# What the released code computes: SHA-256 of the tokens as int32, every 997th value of the reconstruction,
+# commitment (of the levels that are decoded), mean squared error, and gradient norms of the sum of the two.
 RELEASED_NUMBERS = [
-    (RELEASED, 0, "c89f5c1fa90efd50", [0.347915, 0.267447, -0.027976, 0.778806, 0.356596, -0.013522, -0.563661],
+    (RELEASED, 0, "c89f5c1fa90efd50",
+     [0.347915, 0.267447, -0.027976, 0.778806, 0.356596, -0.013522, -0.563661],
      0.2992631494998932, 0.6631148457527161,
      {"encoders.0.conv_in": 0.6919979453086853, "encoders.1.conv_in": 1.5089997053146362,
       "pre_quant": 0.3228518068790436, "post_quant": 0.2745877206325531,
       "decoders.0.conv_in": 0.6367138624191284, "decoders.3.conv_out": 0.8173741102218628}),
-    (RELEASED, 8, "afd44e983ed316fc", [-0.033409, -0.098346, -0.470951, 0.315475, -0.289876, -0.185737, -0.027495],
+    (RELEASED, 8, "afd44e983ed316fc",
+     [-0.033409, -0.098346, -0.470951, 0.315475, -0.289876, -0.185737, -0.027495],
      0.08632057905197144, 0.6394087672233582,
      {"encoders.0.conv_in": 0.5598099827766418, "encoders.1.conv_in": 1.2299842834472656,
       "pre_quant": 0.402413010597229, "post_quant": 0.22673025727272034,
       "decoders.0.conv_in": 0.9452989101409912, "decoders.1.conv_out": 1.310286283493042}),
-    (ATTENTIVE, 0, "1c14f3e6ba63a1d3", [-0.101659, -0.06568, -0.649225, -0.474758, 0.323068, -0.26233, -0.240731],
+    (ATTENTIVE, 0, "1c14f3e6ba63a1d3",
+     [-0.101659, -0.06568, -0.649225, -0.474758, 0.323068, -0.26233, -0.240731],
      0.1784765124320984, 0.6458797454833984,
      {"encoders.0.conv_in": 1.6031019687652588, "encoders.1.conv_in": 3.7141685485839844,
       "pre_quant": 0.753489077091217, "post_quant": 0.35158100724220276,
       "decoders.0.conv_in": 1.6585478782653809, "decoders.2.conv_out": 1.0541353225708008}),
-    (ATTENTIVE, 4, "c2f9e7937507908d", [0.242536, -0.589855, 0.123157, 0.359199, -0.423972, -0.285846, 0.395595],
+    (ATTENTIVE, 4, "c2f9e7937507908d",
+     [0.242536, -0.589855, 0.123157, 0.359199, -0.423972, -0.285846, 0.395595],
      0.06335052847862244, 0.8614316582679749,
      {"encoders.0.conv_in": 1.770343542098999, "encoders.1.conv_in": 4.651626110076904,
       "pre_quant": 0.961495041847229, "post_quant": 0.5413671731948853,
@@ -1473,7 +1498,8 @@ has_namespaces = pytest.mark.skipif(not hasattr(torch.serialization, "safe_globa
 
 @has_namespaces
 @pytest.mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", RELEASED_NUMBERS)
-def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms, tmp_path):
+def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms,
+                                                tmp_path):
     vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", c, single_level))
     config = vae.config
     assert config.grids == ((single_level,) if single_level else tuple(c["attn_resolutions"]))
@@ -1493,7 +1519,8 @@ def test_released_weights_give_released_numbers(c, single_level, tokens, pixels,
         assert parameters[f"{name}.weight"].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
     # one-way and lossless: saved and read again as one of ours
     stage = "augvae_sl" if single_level else "augvae_ml"
-    train.save_checkpoint(tmp_path / "ours.pt", {"stage": stage, "config": dataclasses.asdict(config), "model": vae.state_dict()})
+    train.save_checkpoint(tmp_path / "ours.pt", {"stage": stage, "config": dataclasses.asdict(config),
+                                                 "model": vae.state_dict()})
     again = train.load_augvae(tmp_path / "ours.pt")
     assert train.fingerprint(again) == train.fingerprint(vae) and again.config == config
     assert torch.equal(again(x)[0], reconstruction) and torch.equal(again(x)[1], loss)
@@ -1505,7 +1532,8 @@ def test_released_weights_give_golden_values(single_level, tmp_path):
     path = os.path.join(HERE, "..", "shared", "golden", "augvae_sl.npz" if single_level else "augvae_ml.npz")
     if not os.path.exists(path):
         pytest.skip(f"no golden values at {path}")
-    vae, golden = AugVAE.from_released(released_file(tmp_path / "released.ckpt", RELEASED, single_level)), np.load(path)
+    vae = AugVAE.from_released(released_file(tmp_path / "released.ckpt", RELEASED, single_level))
+    golden = np.load(path)
     x = torch.from_numpy(np.random.RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32))
     with torch.no_grad():
         reconstruction, _, codes = vae(x)
@@ -1519,8 +1547,10 @@ def test_released_codebook_trains_on(tmp_path):
     codes = vae.train()(images(), collect=True)[2]
     vae.codebook.update()
     counts = torch.bincount(torch.cat([c.flatten() for c in codes]), minlength=64)
-    assert torch.allclose(vae.codebook.cluster_size, 0.9 + 0.1 * counts)  # at the file's decay from the first step on
-    assert not torch.equal(vae.codebook.weight, AugVAE.from_released(tmp_path / "released.ckpt").codebook.weight)
+    # at the file's decay from the first step on
+    assert torch.allclose(vae.codebook.cluster_size, 0.9 + 0.1 * counts)
+    untrained = AugVAE.from_released(tmp_path / "released.ckpt")
+    assert not torch.equal(vae.codebook.weight, untrained.codebook.weight)
 
 
 @has_namespaces
@@ -1533,18 +1563,25 @@ def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
     with open("truncated.ckpt", "wb") as f:
         f.write(whole[:len(whole) // 2])
     torch.save([1, 2], "list.ckpt")
-    cases = [("absent.ckpt", "no file absent.ckpt"), ("truncated.ckpt", "not a whole checkpoint"), ("list.ckpt", "holds a list")]
+    cases = [("absent.ckpt", "no file absent.ckpt"), ("truncated.ckpt", "not a whole checkpoint"),
+             ("list.ckpt", "holds a list")]
     for i, (message, changes) in enumerate([
             (r"asks to run (os|posix|nt)\.system", {"callbacks": Payload()}),
             (r"asks to run (os|posix|nt)\.system", {"hyper_parameters": {"args": Payload()}}),
             ("asks to run .*AugVAEConfig", {"callbacks": TINY}),
-            ("'hyper_parameters'|'args'", {"hyper_parameters": {}}), ("resolution", {"hyper_parameters": {"args": argparse.Namespace()}}),
+            ("'hyper_parameters'|'args'", {"hyper_parameters": {}}),
+            ("resolution", {"hyper_parameters": {"args": argparse.Namespace()}}),
             ("encoders.0.conv_in.weight", {"state_dict": {}}),
-            ("conv_out.norm.bias is absent", {"state_dict": {k: v for k, v in state.items() if k != "encoders.0.norm_out.bias"}}),
-            (r"decoders.0.extra is \(2,\), and not absent", {"state_dict": {**state, "decoders.0.extra": torch.ones(2)}}),
-            ("one weight for all post_quants", {"state_dict": {**state, "post_quants.1.weight": torch.ones(32, 32, 1, 1)}}),
-            (r"conv_in.weight is \(32, 1, 3, 3\)", {"state_dict": {**state, "encoders.0.conv_in.weight": torch.ones(32, 1, 3, 3)}}),
-            ("levels", {"hyper_parameters": {"args": argparse.Namespace(**{**RELEASED, "resolution": 36})}})]):
+            ("conv_out.norm.bias is absent",
+             {"state_dict": {k: v for k, v in state.items() if k != "encoders.0.norm_out.bias"}}),
+            (r"decoders.0.extra is \(2,\), and not absent",
+             {"state_dict": {**state, "decoders.0.extra": torch.ones(2)}}),
+            ("one weight for all post_quants",
+             {"state_dict": {**state, "post_quants.1.weight": torch.ones(32, 32, 1, 1)}}),
+            (r"conv_in.weight is \(32, 1, 3, 3\)",
+             {"state_dict": {**state, "encoders.0.conv_in.weight": torch.ones(32, 1, 3, 3)}}),
+            ("levels",
+             {"hyper_parameters": {"args": argparse.Namespace(**{**RELEASED, "resolution": 36})}})]):
         cases.append((released_file(f"{i}.ckpt", RELEASED, **changes), message))
     for path, message in cases:
         with pytest.raises(ValueError, match=message) as info:
@@ -1557,16 +1594,18 @@ def test_what_is_no_released_checkpoint_is_refused(tmp_path, monkeypatch):
 
 def lpips_files(folder):
     """The two files of weights that LPIPS reads, filled by rule; returns their paths."""
-    convolutions = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
-                    (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512)]
+    convolutions = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256),
+                    (14, 256, 256), (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512),
+                    (26, 512, 512), (28, 512, 512)]
     vgg = {}
     for n, i, o in convolutions:
         r = np.random.RandomState(n)
-        vgg[f"features.{n}.weight"] = torch.from_numpy(r.standard_normal((o, i, 3, 3)) * (2 / (9 * i)) ** 0.5).float()
+        weight = r.standard_normal((o, i, 3, 3)) * (2 / (9 * i)) ** 0.5
+        vgg[f"features.{n}.weight"] = torch.from_numpy(weight).float()
         vgg[f"features.{n}.bias"] = torch.from_numpy(r.standard_normal(o) * 0.1).float()
     vgg["classifier.0.bias"] = torch.zeros(3)
-    lpips = {f"lin{i}.model.1.weight": torch.from_numpy(np.random.RandomState(100 + i).rand(1, c, 1, 1)).float()
-             for i, c in enumerate((64, 128, 256, 512, 512))}
+    heads = [np.random.RandomState(100 + i).rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))]
+    lpips = {f"lin{i}.model.1.weight": torch.from_numpy(head).float() for i, head in enumerate(heads)}
     torch.save(vgg, folder / "vgg.pth")
     torch.save(lpips, folder / "lpips.pth")
     return str(folder / "vgg.pth"), str(folder / "lpips.pth")
@@ -1576,9 +1615,11 @@ def test_lpips_equals_the_lpips_package(tmp_path):
     lpips = LPIPS(*lpips_files(tmp_path)).train()  # nothing in it wakes up
     x = torch.from_numpy(np.random.RandomState(7).uniform(-1, 1, (4, 3, 32, 32))).float()
     a, b = x[:2], x[2:].clone().requires_grad_()
-    distance = lpips(a, b)  # the numbers are those of the package lpips 0.1.4, net="vgg", with the same weights
+    distance = lpips(a, b)
+    # the numbers are those of the package lpips 0.1.4, net="vgg", with the same weights
     assert distance.tolist() == pytest.approx([0.661448061466217, 0.6806221008300781], rel=1e-5)
-    assert torch.autograd.grad(distance.sum(), b)[0].norm().item() == pytest.approx(0.029269661754369736, rel=1e-4)
+    gradient = torch.autograd.grad(distance.sum(), b)[0]
+    assert gradient.norm().item() == pytest.approx(0.029269661754369736, rel=1e-4)
     assert torch.allclose(lpips(b, a), distance) and not any(p.requires_grad for p in lpips.parameters())
     same = torch.zeros(1, 3, 16, 16, requires_grad=True)
     lpips(same, same.detach()).backward()
@@ -1597,8 +1638,10 @@ def test_lpips_in_the_loss(tmp_path):
         total, parts = objective(x)
         reconstruction, commitment, _ = vae(x)
         perceptual = objective.lpips(reconstruction, x).mean()
-        assert total.item() == pytest.approx((pixel(reconstruction, x) + 0.3 * perceptual + commitment).item(), rel=1e-5)
-        assert parts["lpips"].item() == pytest.approx(perceptual.item(), rel=1e-5) and set(parts) <= set(objective.parts)
+        expected = pixel(reconstruction, x) + 0.3 * perceptual + commitment
+        assert total.item() == pytest.approx(expected.item(), rel=1e-5)
+        assert parts["lpips"].item() == pytest.approx(perceptual.item(), rel=1e-5)
+        assert set(parts) <= set(objective.parts)
     assert not any("lpips" in name or "features" in name for name in objective.model.state_dict())
     assert train.TrainConfig().lpips_weight == 0.1
     assert train.configure({"preset": "released"}, "augvae_ml", train.TrainConfig)[0].loss == "lpips_l2"
@@ -1631,11 +1674,13 @@ def test_weights_of_lpips_come_from_a_file_the_cache_or_a_checked_download(tmp_p
     content = (tmp_path / "lpips.pth").read_bytes()
     url = (tmp_path / "lpips.pth").as_uri()
     with pytest.raises(OSError, match="hash"):
-        augvae.fetched("lpips_weights", "other.pth", "0" * 64, url)
+        augvae.published("lpips_weights", "", "other.pth", "0" * 64, url)
     assert sorted(os.listdir(cache)) == sorted([augvae.VGG_FILE[0], augvae.LPIPS_FILE[0]])
-    with open(augvae.fetched("lpips_weights", "other.pth", hashlib.sha256(content).hexdigest(), url), "rb") as f:
+    digest = hashlib.sha256(content).hexdigest()
+    with open(augvae.published("lpips_weights", "", "other.pth", digest, url), "rb") as f:
         assert f.read() == content
-    for given, message in (((weights, weights), "not torchvision's VGG-16"), ((vgg, vgg), "lin0.model.1.weight")):
+    for given, message in (((weights, weights), "not torchvision's VGG-16"),
+                           ((vgg, vgg), "lin0.model.1.weight")):
         with pytest.raises(ValueError, match=message):
             LPIPS(*given)
 
@@ -1643,8 +1688,8 @@ def test_weights_of_lpips_come_from_a_file_the_cache_or_a_checked_download(tmp_p
 # -----------------------------------------------------------------------------
 # biart.py
 
-GPT = BiARTConfig(n_layer=2, n_head=2, n_embd=16, n_text=6, text_vocab=20, end_token=18, pad_token=19, image_vocab=12,
-                  image_side=3)
+GPT = BiARTConfig(n_layer=2, n_head=2, n_embd=16, n_text=6, text_vocab=20, end_token=18, pad_token=19,
+                  image_vocab=12, image_side=3)
 
 
 def captions_and_codes(n=4, seed=0):
@@ -1668,7 +1713,8 @@ def biart(seed=0, **changes):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
     torch.manual_seed(0)
-    layer = biart_module.GELULinear(12, 20) if kind == "gelu" else biart_module.NormLinear(12, 20, kind == "norm")
+    layer = (biart_module.GELULinear(12, 20) if kind == "gelu" else
+             biart_module.NormLinear(12, 20, kind == "norm"))
     if kind != "gelu":
         nn.init.normal_(layer.norm.weight)
         nn.init.normal_(layer.norm.bias)
@@ -1679,10 +1725,12 @@ def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
 
     seen = []
     for f in (layer, plain):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):  # not shared: it caches weights
+        # not shared: it caches weights
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             y = f(x)
         torch.manual_seed(1)
-        seen.append([y, *torch.autograd.grad((y.float() * torch.randn(y.shape)).sum(), [x, *layer.parameters()])])
+        loss = (y.float() * torch.randn(y.shape)).sum()
+        seen.append([y, *torch.autograd.grad(loss, [x, *layer.parameters()])])
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
             assert torch.equal(f(x), y)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
@@ -1699,18 +1747,21 @@ def test_chunked_cross_entropy_equals_its_plain_version(chunk, monkeypatch):
     total, nll = biart_module.LinearCrossEntropy.apply(h, weight, targets, share, True)
     plain = F.cross_entropy(h @ weight.t(), targets, reduction="none")
     assert torch.allclose(nll, plain) and torch.allclose(total, (plain * share).sum())
-    for a, b in zip(torch.autograd.grad(3 * total, [h, weight]), torch.autograd.grad(3 * (plain * share).sum(), [h, weight])):
+    for a, b in zip(torch.autograd.grad(3 * total, [h, weight]),
+                    torch.autograd.grad(3 * (plain * share).sum(), [h, weight])):
         assert torch.allclose(a, b, atol=1e-5)
 
 
 def test_blocks_keep_no_norm_and_no_gelu():
-    """Of what a block could keep for the backward pass: its input, q k v, attention's output, the middle, the hidden layer."""
+    """All that a block keeps for backward: its input, q k v, attention's output, middle and hidden layer."""
     block, held = biart_module.Block(GPT), {}
     parameters = {p.data_ptr() for p in block.parameters()}
     x = torch.randn(2, 24, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: held.update({t.untyped_storage().data_ptr(): t}) or t, lambda t: t):
         block(x)
-    sizes = [t.untyped_storage().nbytes() / x.untyped_storage().nbytes() for k, t in held.items() if k not in parameters]
+    sizes = [t.untyped_storage().nbytes() / x.untyped_storage().nbytes()
+             for k, t in held.items() if k not in parameters]
     assert sum(size for size in sizes if size >= 1) == 10
 
 
@@ -1742,10 +1793,12 @@ def test_layouts_segments_and_positions():
     assert torch.allclose(t2i[:, :6] - segment[0], i2t[:, 9:] - segment[1], atol=1e-6)
     assert torch.allclose(t2i[:, 6:] - segment[1], i2t[:, :9] - segment[0], atol=1e-6)
     place = model.place("image", 1)
-    assert torch.allclose(place[5], model.row_position.weight[1] + model.column_position.weight[2] + segment[1])
+    expected = model.row_position.weight[1] + model.column_position.weight[2] + segment[1]
+    assert torch.allclose(place[5], expected)
     absolute = biart(positions="sequence")
-    assert torch.allclose(absolute.place("image", 1)[0], absolute.position.weight[6] + absolute.segment.weight[1])
-    assert torch.allclose(absolute.place("image", 0)[0], absolute.position.weight[0] + absolute.segment.weight[0])
+    position, segment = absolute.position.weight, absolute.segment.weight
+    assert torch.allclose(absolute.place("image", 1)[0], position[6] + segment[1])
+    assert torch.allclose(absolute.place("image", 0)[0], position[0] + segment[0])
 
 
 def test_merged_forward_is_the_two_directions():
@@ -1785,7 +1838,8 @@ def test_reference_loss_is_an_option():
 def test_padding_is_not_scored():
     model, (text, image) = biart(), captions_and_codes()
     with torch.no_grad():
-        model.token["text"].weight[19] += 5  # what the padding's own score does cannot matter: it is never a target
+        # what the padding's own score does cannot matter: it is never a target
+        model.token["text"].weight[19] += 5
     _, count = model.log_likelihood(text, image, "text")
     assert count.tolist() == [3, 6, 4, 5]
 
@@ -1794,8 +1848,10 @@ def test_null_blanks_the_reference_side():
     model, (text, image) = biart(), captions_and_codes()
     other = captions_and_codes(seed=1)
     yes, no = torch.ones(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool)
-    assert torch.equal(model.sequence(text, image, "image", yes), model.sequence(other[0], image, "image", yes))
-    assert torch.equal(model.sequence(text, image, "text", yes)[:, 9:], model.sequence(text, image, "text", no)[:, 9:])
+    assert torch.equal(model.sequence(text, image, "image", yes),
+                       model.sequence(other[0], image, "image", yes))
+    assert torch.equal(model.sequence(text, image, "text", yes)[:, 9:],
+                       model.sequence(text, image, "text", no)[:, 9:])
     assert torch.equal(model.sequence(text, image, "text", no), model.sequence(text, image, "text"))
     _, parts = model(text, image, yes)
     assert parts["t2i"] == model(other[0], image, yes)[1]["t2i"]
@@ -1907,14 +1963,15 @@ def test_sampling_distribution():
     kept = torch.tensor([p[0], 0, 0, 0, p[4]]) / (p[0] + p[4])
     assert torch.allclose(shares(top_p=0.7), kept, atol=2e-3)
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
-    for end in (1 - 1e-7, 1.0):  # the last of the cumulative distribution, never a token beyond or of no probability
+    # the last of the cumulative distribution, never a token beyond or of no probability
+    for end in (1 - 1e-7, 1.0):
         assert sample(logits, torch.tensor([end])).item() == 4
         assert sample(logits, torch.tensor([end]), top_k=3).item() == 1
         assert sample(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([end])).item() == 1
 
 
 def every_caption(prefix):
-    """All texts of the toy vocabulary below: up to three of four words, closed by the end token where there is room."""
+    """All texts of the toy vocabulary below: up to 3 of 4 words, closed by the end token if there is room."""
     for n in range(4 - len(prefix)):
         for words in itertools.product(range(4), repeat=n):
             caption = [*prefix, *words, 4][:3]
@@ -1927,7 +1984,8 @@ def test_beam_search_against_exhaustive_search(length_penalty, prefix):
     model = biart(seed=3, text_vocab=6, end_token=4, pad_token=5, n_text=3)
     image = captions_and_codes(2)[1]
     texts = torch.tensor(list(every_caption(prefix)))
-    assert len(texts) == len({tuple(t) for t in texts.tolist()}) == (1 + 4 + 16 + 64 if not prefix else 1 + 4 + 16)
+    count = 1 + 4 + 16 + 64 if not prefix else 1 + 4 + 16
+    assert len(texts) == len({tuple(t) for t in texts.tolist()}) == count
     given = torch.tensor([prefix] * 2, dtype=torch.long)
     found, scores = model.beam_search(image, len(texts) + 30, given, length_penalty)
     for i in range(2):
@@ -1943,7 +2001,8 @@ def test_beam_search_against_exhaustive_search(length_penalty, prefix):
         assert found[i, 0].tolist() == texts[best].tolist()
         assert scores[i, 0].item() == pytest.approx(expected[best], abs=1e-5)
         ranked = sorted(expected, reverse=True)
-        assert torch.allclose(scores[i, :len(texts)], torch.tensor(ranked), atol=1e-5)  # the search left nothing out
+        # the search left nothing out
+        assert torch.allclose(scores[i, :len(texts)], torch.tensor(ranked), atol=1e-5)
 
 
 def brute_force_beam(model, image, width, guidance):
@@ -1962,7 +2021,8 @@ def brute_force_beam(model, image, width, guidance):
                 scores.append(model.logits(model.trunk(x)[0, -1], "text"))
             logits = scores[1] + guidance * (scores[0] - scores[1])
             logits[19] = -torch.inf
-            grown += [(tokens + [word], log_p + p) for word, p in enumerate(logits.log_softmax(-1).tolist()) if word != 19]
+            grown += [(tokens + [word], log_p + p)
+                      for word, p in enumerate(logits.log_softmax(-1).tolist()) if word != 19]
         beams = sorted(grown, key=lambda beam: -beam[1] / len(beam[0]))[:width]
     return [tokens + [19] * (6 - len(tokens)) for tokens, _ in beams]
 
@@ -2012,15 +2072,16 @@ def test_one_batch_is_learned_both_ways():
 # -----------------------------------------------------------------------------
 # train.py and sample.py
 
-MINIATURE = ["--image_size=64", "--levels=8,4", "--ch_mult", "1,1,1,2", "--hidden=8", "--n_groups=4", "--z_channels=16",
-             "--codebook_size=32", "--codebook_dim=8", "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_scenes=24",
-             "--batch_size=4", "--max_iters=4", "--eval_interval=2", "--log_interval=1", "--eval_images=6"]
+MINIATURE = ["--image_size=64", "--levels=8,4", "--ch_mult", "1,1,1,2", "--hidden=8", "--n_groups=4",
+             "--z_channels=16", "--codebook_size=32", "--codebook_dim=8", "--n_layer=1", "--n_head=2",
+             "--n_embd=16", "--n_scenes=24", "--batch_size=4", "--max_iters=4", "--eval_interval=2",
+             "--log_interval=1", "--eval_images=6"]
 
 
 def run(*command, ok=True, **environment):
-    """Run a command in the repository; return what it printed. It must end with 0, or, with ok=False, otherwise."""
-    process = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300, check=False,
-                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    """Run a command in the repository; return what it printed. It must succeed or, with ok=False, fail."""
+    process = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300,
+                             check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
     assert (process.returncode == 0) == ok, process.stdout + process.stderr
     return process.stderr + process.stdout
 
@@ -2054,7 +2115,8 @@ def test_train_all_leaves_a_whole_run(finished):
         assert list(log[0])[:2] == ["step", "loss"]
         assert [int(r["step"]) for r in log] == [1, 2, 3, 4]
         assert all(math.isfinite(float(r["loss"])) for r in log)
-        assert all(math.isfinite(float(r["val_loss"])) for r in log[1::2]) and not any(r["val_loss"] for r in log[::2])
+        assert all(math.isfinite(float(r["val_loss"])) for r in log[1::2])
+        assert not any(r["val_loss"] for r in log[::2])
         for name in (f"{stage}_loss.png", f"{stage}_000000.png", f"{stage}_000004.png"):
             assert Image.open(out / name).size[0] > 100
         checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
@@ -2076,7 +2138,7 @@ def test_sample_every_way(finished, tmp_path, capfd):
     prompts.write_text("a small red circle above a large blue square\n\n  two crosses \n", encoding="utf-8")
 
     def samples(*arguments):
-        """Run a use -> what it printed, its samples.json, its folder; all files named there must be pictures."""
+        """Run a use -> what it printed, its samples.json, its folder; files named there must be pictures."""
         where = tmp_path / str(len(os.listdir(tmp_path)))
         sample_module.main([str(a) for a in ("--out_dir", out, "--save_dir", where, *arguments)])
         printed = "".join(capfd.readouterr())
@@ -2094,19 +2156,23 @@ def test_sample_every_way(finished, tmp_path, capfd):
     first, second = (0.2 * entry["scores"]["forward"] + 0.8 * entry["scores"]["reverse"] for entry in made)
     assert first >= second and f"[{first:.1f}]" in printed
     printed, made, _ = samples("--prompts", prompts, "--n=2")
-    assert [entry["prompt"] for entry in made] == ["a small red circle above a large blue square"] * 2 + ["two crosses"] * 2
+    asked = ["a small red circle above a large blue square"] * 2 + ["two crosses"] * 2
+    assert [entry["prompt"] for entry in made] == asked
     assert [entry["seed"] for entry in made] == [0, 1, 1000, 1001]
-    printed, made, _ = samples("--image", pictures, pictures / "0.png", "--n=3", "--prefix", "there is a", "--temperature=2")
+    printed, made, _ = samples("--image", pictures, pictures / "0.png", "--n=3", "--prefix", "there is a",
+                               "--temperature=2")
     assert "broken.png is not an image" in printed and len(made) == 12
     assert all(entry["caption"].startswith("there is a") for entry in made)
     printed, made, _ = samples("--image", pictures / "0.png", "--beam=3")
     assert len(made) == 3 and all(entry["seed"] is None for entry in made)
     printed, made, _ = samples("--image", pictures / "0.png", pictures / "1.png", "--variations", "--n=2")
-    assert [entry.get("image") for entry in made[::3]] == [str(pictures / f"{i}.png") for i in (0, 1)] and len(made) == 6
+    assert [entry.get("image") for entry in made[::3]] == [str(pictures / f"{i}.png") for i in (0, 1)]
+    assert len(made) == 6
     printed, made, where = samples("--reconstruct", pictures / "0.png", pictures / "1.png")
     assert len(made) == 4 and Image.open(where / "reconstructed.png").width < 300
     where = tmp_path / "command"
-    assert "paint: a red circle" in python("sample.py", "--out_dir", out, "--save_dir", where, "--prompt", "a red circle", "--n=1")
+    printed = python("sample.py", "--out_dir", out, "--save_dir", where, "--prompt", "a red circle", "--n=1")
+    assert "paint: a red circle" in printed
     assert sorted(os.listdir(where)) == ["painted.png", "painted_0.png", "samples.json"]
 
 
@@ -2139,57 +2205,68 @@ def test_a_recorded_seed_makes_the_sample_again(finished, tmp_path):
 
 def test_reranking_orders_by_the_reverse_direction(finished, tmp_path):
     for share in (0.0, 0.25, 1.0):
-        used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), rerank=6,
-                                                            rerank_forward=share)).load_biart()
+        config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), rerank=6,
+                                            rerank_forward=share)
+        used = sample_module.Run(config).load_biart()
         text = used.tokenize(["a small red circle above a large blue square", "two crosses"])
         for i, group in enumerate(used.candidates(text, "image")):
-            assert sorted(c["order"] for c in group) == list(range(6)) and len({c["seed"] for c in group}) == 6
+            assert sorted(c["order"] for c in group) == list(range(6))
+            assert len({c["seed"] for c in group}) == 6
             expected = []
             for c in group:
                 sides = text[i:i + 1], c["tokens"][None]
-                forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item() for to in ("image", "text"))
+                forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item()
+                                    for to in ("image", "text"))
                 assert (forward, reverse) == pytest.approx((c["forward"], c["reverse"]), abs=1e-3)
                 expected.append(share * forward + (1 - share) * reverse)
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 
 
 def test_completion_keeps_rows_and_words(finished, tmp_path):
-    used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), keep_rows=5,
-                                                        prefix="the large")).load_biart()
+    config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), keep_rows=5,
+                                        prefix="the large")
+    used = sample_module.Run(config).load_biart()
     images = [data.Scenes("val", 2).image(i) for i in range(2)]
     codes, _ = used.encode(images)
     painted = list(used.paint(["a cross", "a circle"], 2, images))
-    for i, group in enumerate(used.candidates(used.tokenize(["a cross", "a circle"]), "image", 2, 0, codes[:, :40])):
+    text = used.tokenize(["a cross", "a circle"])
+    for i, group in enumerate(used.candidates(text, "image", 2, 0, codes[:, :40])):
         tokens = torch.stack([candidate["tokens"] for candidate in group])
-        assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1)) and not torch.equal(tokens[:, 40:], codes[i, 40:])
+        assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1))
+        assert not torch.equal(tokens[:, 40:], codes[i, 40:])
         for picture, record in zip(used.decode(tokens), painted[i]):
             assert np.array_equal(picture, record["picture"])
-    assert all(record["caption"].startswith("the large") for group in used.caption(images, 4) for record in group)
+    assert all(record["caption"].startswith("the large")
+               for group in used.caption(images, 4) for record in group)
 
 
 def test_scores_of_a_run(finished, tmp_path):
     out, _ = finished
-    printed = python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--eval", "--eval_items", 4, "--eval_pairs=3",
-                     "--guidance", 2, "--rerank=2", "--html")
+    printed = python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--eval", "--eval_items", 4,
+                     "--eval_pairs=3", "--guidance", 2, "--rerank=2", "--html")
     scores = last_json(printed)
     captions = {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d", "t2i_exact", "i2t_exact"}
-    assert set(scores) == {"psnr", "ssim", "l1", "codebook_use", "perplexity", "t2i_bits", "i2t_bits", "t2i_recall1",
-                           "t2i_recall5", "i2t_recall1", "i2t_recall5"} | {
+    assert set(scores) == {"psnr", "ssim", "l1", "codebook_use", "perplexity", "t2i_bits", "i2t_bits",
+                           "t2i_recall1", "t2i_recall5", "i2t_recall1", "i2t_recall5"} | {
         f"{name}{way}{suffix}" for name in captions for way in ("", "_rerank") for suffix in ("", "_heldout")}
-    assert 0 < scores["codebook_use"] <= 1 and all(0 <= scores[k] <= 1 for k in scores if "exact" in k or "recall" in k)
+    assert 0 < scores["codebook_use"] <= 1
+    assert all(0 <= scores[k] <= 1 for k in scores if "exact" in k or "recall" in k)
     assert scores["t2i_recall5"] == 1 and scores["t2i_bits"] > 0
     with open(tmp_path / "scores.json", encoding="utf-8") as f:
         assert json.load(f)["scores"] == scores
-    python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--prompt", "<b>a cross & more</b>", "--html", "--n=2")
+    python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--prompt", "<b>a cross & more</b>",
+           "--html", "--n=2")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert str(scores["psnr"]) in page and "&lt;b&gt;a cross &amp; more" in page and "augvae_ml_loss.png" in page
+    assert str(scores["psnr"]) in page and "&lt;b&gt;a cross &amp; more" in page
+    assert "augvae_ml_loss.png" in page
     assert page.count("data:image/png;base64,") >= 2 + 3 * 2
     for word in ("<script", "http", "<link", "<b>", "src=\"/", "@import"):
         assert word not in page, word
 
 
 def test_retrieval_against_brute_force(finished, tmp_path):
-    used = sample_module.Run(sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), eval_pairs=7))
+    config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), eval_pairs=7)
+    used = sample_module.Run(config)
     used.load_biart()
     some = data.spread(data.Scenes("val", 50), 9)
     scores = sample_module.likelihood_scores(used, some)
@@ -2218,26 +2295,31 @@ def test_pixel_metrics_are_those_of_scikit_image():
     x[1, :, 8:] = y[1, :, 8:]
     y[1, 3:] = 0.8
     x, y = (torch.from_numpy(z).permute(0, 3, 1, 2).float() for z in (x, y))
-    # skimage 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1)
-    assert sample_module.ssim(x, y).tolist() == pytest.approx([0.8583676359885152, 0.02295141904273806], abs=1e-6)
+    # skimage 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+    # data_range=1)
+    found = sample_module.ssim(x, y).tolist()
+    assert found == pytest.approx([0.8583676359885152, 0.02295141904273806], abs=1e-6)
     # ... and with use_sample_covariance=True
     found = sample_module.ssim(x, y, sample_covariance=True).tolist()
     assert found == pytest.approx([0.8583618086467656, 0.022880373592528747], abs=1e-6)
-    assert sample_module.psnr(x, y).tolist() == pytest.approx([15.238565608588463, 8.254377459922488], rel=1e-5)
+    found = sample_module.psnr(x, y).tolist()
+    assert found == pytest.approx([15.238565608588463, 8.254377459922488], rel=1e-5)
     assert sample_module.l1(x, y).tolist() == pytest.approx((x - y).abs().mean((1, 2, 3)).tolist())
-    assert sample_module.ssim(x, x).tolist() == pytest.approx([1, 1]) and sample_module.psnr(x, x).tolist() == [100, 100]
+    assert sample_module.ssim(x, x).tolist() == pytest.approx([1, 1])
+    assert sample_module.psnr(x, x).tolist() == [100, 100]
 
 
 @pytest.fixture(scope="module")
 def inception(tmp_path_factory):
-    """A file of weights for FID's Inception, made by the rule that they were made by for the reference package."""
+    """A file of weights for FID's Inception, made by the rule used for the reference package."""
     from torchvision.models import inception_v3
     shapes = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     for i, (name, x) in enumerate(shapes.items()):
         if x.dim():
             r = torch.from_numpy(np.random.RandomState(i).standard_normal(tuple(x.shape)).astype(np.float32))
             positive = name.endswith(("weight", "var"))
-            shapes[name] = (r * (2 / x[0].numel()) ** 0.5 if x.dim() > 1 else 1 + 0.1 * r.abs() if positive else 0.1 * r)
+            shapes[name] = (r * (2 / x[0].numel()) ** 0.5 if x.dim() > 1 else
+                            1 + 0.1 * r.abs() if positive else 0.1 * r)
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
     torch.save(shapes, path)
     return path
@@ -2253,7 +2335,8 @@ def test_fid_is_that_of_pytorch_fid(inception):
     # pytorch-fid 0.3.0 with the same weights, on the same pictures as files
     expected = [0.11701524, 0.38984084, 0.0, 0.0, 0.07742107, 0.35763389, 0.27759412]
     assert features[0][0, ::300].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert (features[0].mean().item(), features[0].numpy().std()) == pytest.approx((0.88425825, 1.16023334), rel=1e-5)
+    found = features[0].mean().item(), features[0].numpy().std()
+    assert found == pytest.approx((0.88425825, 1.16023334), rel=1e-5)
     assert sample_module.frechet_distance(*features) == pytest.approx(237.80561675471512, rel=1e-5)
 
 
@@ -2276,7 +2359,8 @@ def test_frechet_distance_is_that_of_pytorch_fid():
 def test_caption_metrics_are_those_of_pycocoevalcap():
     said = ["a dog runs on the grass", "two men ride a red bike down the street", "a cat", "the the the the"]
     references = [["a brown dog is running on grass", "the dog runs across the green grass"],
-                  ["two men riding a bike on a street", "men ride down the street on a red bike", "two people on a bike"],
+                  ["two men riding a bike on a street", "men ride down the street on a red bike",
+                   "two people on a bike"],
                   ["a cat sits on a mat", "cat"], ["there is the cat on the mat"]]
     said, references = [s.split() for s in said], [[r.split() for r in others] for others in references]
     # pycocoevalcap 1.2: Bleu(4), Rouge(), Cider()
@@ -2293,8 +2377,10 @@ def test_caption_metrics_are_those_of_pycocoevalcap():
 CAPTIONS = [["A dog runs on the grass.", "the dog is running"], ["Two men ride a bike!"]]
 
 
-@pytest.mark.parametrize(("caption", "words"), [  # as Stanford's PTBTokenizer and COCO's list of punctuation have it
-    ("A dog's ball, isn't it? They've seen 3 dogs; we'll go.", "a dog 's ball is n't it they 've seen 3 dogs we 'll go"),
+@pytest.mark.parametrize(("caption", "words"), [
+    # as Stanford's PTBTokenizer and COCO's list of punctuation have it
+    ("A dog's ball, isn't it? They've seen 3 dogs; we'll go.",
+     "a dog 's ball is n't it they 've seen 3 dogs we 'll go"),
     ("black-and-white t-shirt at 10:30 a.m. on St. John's street...",
      "black-and-white t-shirt at 10:30 a.m. on st. john 's street"),
     ("U.S. flag & a 50% off sign: $3.50 and/or more", "u.s. flag & a 50 % off sign $ 3.50 and/or more"),
@@ -2317,7 +2403,8 @@ def test_psnr_against_the_formula(finished):
         y = used.vae.decode(used.vae.encode(x))
         a, b = (np.asarray((t + 1) / 2, np.float64) for t in (x, y))
         expected.append(10 * math.log10(1 / ((a - b) ** 2).mean()))
-    assert sample_module.reconstruction_scores(used, some)["psnr"] == pytest.approx(np.mean(expected), rel=1e-4)
+    found = sample_module.reconstruction_scores(used, some)["psnr"]
+    assert found == pytest.approx(np.mean(expected), rel=1e-4)
 
 
 def test_resume_continues_exactly(finished, tmp_path):
@@ -2336,11 +2423,13 @@ def test_resume_continues_exactly(finished, tmp_path):
 
 def test_coco_data_through_all_stages(tmp_path, inception):
     folder, path, _ = coco(tmp_path, n=6)
-    where = ["--data=coco", "--train_dir", folder, "--train_captions", path, "--val_dir", folder, "--val_captions", path]
+    where = ["--data=coco", "--train_dir", folder, "--train_captions", path, "--val_dir", folder,
+             "--val_captions", path]
     out = tmp_path / "out"
     python("train.py", *MINIATURE, *where, "--out_dir", out, "--max_iters=2")
     assert "it says" in python("sample.py", "--out_dir", out, "--n=2")
-    scores = last_json(python("sample.py", "--out_dir", out, "--eval", "--eval_items=2", "--beam=2", "--fid_weights", inception))
+    scores = last_json(python("sample.py", "--out_dir", out, "--eval", "--eval_items=2", "--beam=2",
+                              "--fid_weights", inception))
     assert {"t2i_bits", "i2t_recall1", "cider_d", "fid", "rfid"} <= set(scores) and "t2i_exact" not in scores
     assert scores["t2i_bits"] > 0 and scores["i2t_bits"] > 0 and scores["fid"] > 0 and scores["rfid"] > 0
 
@@ -2365,7 +2454,8 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
         assert together["samples"] == single["samples"] == 20
         for name, value in together["model"].items():
             off = (value.float() - single["model"][name].float()).abs().max()
-            assert off <= 1e-5 * max(1, value.abs().max()), (stage, name, off)  # the codebook's sums are far above 1
+            # the codebook's sums are far above 1
+            assert off <= 1e-5 * max(1, value.abs().max()), (stage, name, off)
         for ours, theirs in zip(losses(out, stage).values(), losses(alone, stage).values()):
             assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
 
@@ -2398,8 +2488,8 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(finished, tmp_path):
     out, _ = finished
     for name, batch in (("whole", 8), ("parts", 4)):
         shutil.copytree(out, tmp_path / name)
-        python("train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--overwrite", "--batch_size", batch,
-               "--gradient_accumulation_steps", 8 // batch)
+        python("train.py", *MINIATURE, "--out_dir", tmp_path / name, "--stage=biart", "--overwrite",
+               "--batch_size", batch, "--gradient_accumulation_steps", 8 // batch)
     whole, parts = (losses(tmp_path / name, "biart") for name in ("whole", "parts"))
     for step, loss in whole.items():
         assert float(loss) == pytest.approx(float(parts[step]), rel=1e-4)
@@ -2418,7 +2508,8 @@ def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_pat
     plain = biart("plain", [sys.executable], "--overwrite")
     assert biart("again", [sys.executable], "--overwrite", "--checkpoint_activations") == plain
     if importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is None:  # it came with torch 2.6
-        run(sys.executable, "train.py", *MINIATURE, "--out_dir", tmp_path / "again", "--stage=biart", "--shard", ok=False)
+        run(sys.executable, "train.py", *MINIATURE, "--out_dir", tmp_path / "again", "--stage=biart",
+            "--shard", ok=False)
         return
     two = ["--batch_size=2", "--shard", "--checkpoint_activations"]
     biart("sharded", TORCHRUN, "--overwrite", "--max_iters=2", "--learning_rate=1e-2", *two)
@@ -2427,17 +2518,20 @@ def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_pat
     shutil.copytree(tmp_path / "sharded", tmp_path / "unsharded")
     expected = biart("plain2", [sys.executable], "--resume", "--max_iters=4")
     assert biart("sharded", TORCHRUN, "--resume", "--max_iters=4", *two) == pytest.approx(expected, rel=1e-4)
-    assert biart("unsharded", [sys.executable], "--resume", "--max_iters=4", "--shard=false") == pytest.approx(expected, rel=1e-4)
+    unsharded = biart("unsharded", [sys.executable], "--resume", "--max_iters=4", "--shard=false")
+    assert unsharded == pytest.approx(expected, rel=1e-4)
 
 
 def test_activation_checkpointing_keeps_augvae_losses(finished, tmp_path):
     out, _ = finished
-    python("train.py", *MINIATURE, "--out_dir", tmp_path / "out", "--stage=augvae_ml", "--checkpoint_activations")
+    python("train.py", *MINIATURE, "--out_dir", tmp_path / "out", "--stage=augvae_ml",
+           "--checkpoint_activations")
     assert losses(tmp_path / "out", "augvae_ml") == losses(out, "augvae_ml")
 
 
 def started(*command):
-    return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True,
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
@@ -2471,7 +2565,7 @@ def test_tar_shards_through_all_stages_the_last_on_two_ranks(tmp_path):
     (tmp_path / "002.tar").write_bytes(whole[:len(whole) // 2])
     pack(tmp_path / "003.tar", [("x.png", b"no image"), ("x.txt", b"words")])
     where = [f"--{name}={value}" for name, value in {**settings, "train_dir": tmp_path}.items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    torchrun = [*TORCHRUN, "train.py"]
     rest = [a for a in MINIATURE if not a.startswith(("--max_iters", "--batch_size"))]
     rest += [*where, "--batch_size=2", "--epochs=0.6", "--cache_tokens", str(tmp_path / "cache"),
              "--cache_crops=2"]
@@ -2536,7 +2630,8 @@ def test_settings_of_data_that_contradict_are_refused(tmp_path):
                 "--val_dir=absent", "--batch_size=4", "--epochs=2", "--out_dir", str(tmp_path / "out")]
     with pytest.raises(ValueError, match="train holds no image"):  # the preset says that it is ImageNet
         train.main(original)
-    with pytest.raises(ValueError, match="--data scenes reads no --train_dir .*train: name its layout by --data"):
+    message = "--data scenes reads no --train_dir .*train: name its layout by --data"
+    with pytest.raises(ValueError, match=message):
         train.main([*original, "--preset=tiny"])
 
 
@@ -2554,12 +2649,13 @@ def test_bench_data_measures_both(capsys, monkeypatch):
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["median_s"] > 0
-    assert len(lines) == 3 and len(found["images_s"]) == 2 and all("torchvision" in line for line in lines[:2])
+    assert len(lines) == 3 and len(found["images_s"]) == 2
+    assert all("torchvision" in line for line in lines[:2])
 
 
 @pytest.mark.parametrize("what, sizes", [
-    ("augvae", ["--image_size=32", "--levels=8,4", "--hidden=8", "--n_groups=2", "--codebook_size=16", "--z_channels=8",
-                "--checkpoint_activations"]),
+    ("augvae", ["--image_size=32", "--levels=8,4", "--hidden=8", "--n_groups=2", "--codebook_size=16",
+                "--z_channels=8", "--checkpoint_activations"]),
     ("codebook", ["--codebook_size=16", "--codebook_dim=4", "--batch_size=1"]),
     ("biart", ["--n_layer=1", "--n_head=2", "--n_embd=16", "--n_text=8", "--dtype=bfloat16"])])
 def test_benches_of_training_measure(what, sizes, capsys):
@@ -2571,26 +2667,31 @@ def test_benches_of_training_measure(what, sizes, capsys):
 
 
 def test_the_bench_of_sampling_measures(capsys, monkeypatch):
-    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "text_vocab": 20, "end_token": 18, "pad_token": 19, "image_vocab": 12}
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "text_vocab": 20, "end_token": 18, "pad_token": 19,
+             "image_vocab": 12}
     monkeypatch.setattr(sample_module, "BiARTConfig", lambda n_layer, n_head, n_embd, image_side: BiARTConfig(
         image_side=image_side * 3 // 8, **sizes))
     sample_module.main(["--bench", "--json", "--device=cpu"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(found["tokens_per_s"]) == {"1", "8"} and found["tokens_per_s"]["1"] > 0 and found["dtype"] == "float32"
-    assert {"median_s", "peak_gb", "device", "size", "guidance_cost", "image_s", "growth", "share_of_floor"} <= set(found)
+    assert set(found["tokens_per_s"]) == {"1", "8"} and found["tokens_per_s"]["1"] > 0
+    assert found["dtype"] == "float32"
+    assert {"median_s", "peak_gb", "device", "size", "guidance_cost", "image_s", "growth",
+            "share_of_floor"} <= set(found)
 
 
 def test_last_best_and_older_checkpoints(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
-    assert sorted(p.name for p in out.glob("augvae_ml*.pt")) == ["augvae_ml.pt", "augvae_ml_00000002.pt", "augvae_ml_best.pt"]
+    names = sorted(p.name for p in out.glob("augvae_ml*.pt"))
+    assert names == ["augvae_ml.pt", "augvae_ml_00000002.pt", "augvae_ml_best.pt"]
     val = {int(r["step"]): float(r["val_loss"]) for r in rows(out / "augvae_ml.csv") if r["val_loss"]}
     best = train.load_checkpoint(out / "augvae_ml_best.pt", "augvae_ml")
     assert best["val_loss"] <= min(val.values()) + 1e-6
     # steps are numbers, not text, and --keep says how many stay
     assert list(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [2]
     for step in range(9, 12):
-        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "step": step + 1}, previous=step, keep=2)
+        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "step": step + 1},
+                              previous=step, keep=2)
     assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
 
 
@@ -2601,7 +2702,8 @@ def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path
     last.write_bytes(last.read_bytes()[:3000])
     # the settings of the run come from its checkpoint: nothing but --resume need be given
     printed = python("train.py", "--out_dir", out, "--resume")
-    assert "biart.pt is not a whole checkpoint" in printed and "going back to" in printed and "resuming at step 2" in printed
+    assert "biart.pt is not a whole checkpoint" in printed and "going back to" in printed
+    assert "resuming at step 2" in printed
     assert losses(out, "biart") == losses(finished[0], "biart")
     assert train.load_checkpoint(last, "biart")["step"] == 4
     for path in out.glob("biart*.pt"):
@@ -2613,18 +2715,22 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
     before = {path.name: path.read_bytes() for path in out.glob("*.pt")}
-    blocks = (out / "augvae_ml.pt").stat().st_size // 1024 // 2  # half a checkpoint is all that can be written
-    command = f"ulimit -f {blocks}; exec {sys.executable} train.py --out_dir {out} --resume --max_iters=6 --stage=augvae_ml"
+    # half a checkpoint is all that can be written
+    blocks = (out / "augvae_ml.pt").stat().st_size // 1024 // 2
+    command = (f"ulimit -f {blocks}; exec {sys.executable} train.py --out_dir {out} --resume --max_iters=6 "
+               "--stage=augvae_ml")
     printed = run("bash", "-c", command, ok=False)
     assert "could not be written" in printed and "Traceback" not in printed
     assert {path.name: path.read_bytes() for path in out.glob("*.pt")} == before
     assert not list(out.glob("*.part"))
-    assert "resuming at step 4" in python("train.py", "--out_dir", out, "--resume", "--max_iters=6", "--stage=augvae_ml")
+    printed = python("train.py", "--out_dir", out, "--resume", "--max_iters=6", "--stage=augvae_ml")
+    assert "resuming at step 4" in printed
 
 
 @pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
 def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, finished, tmp_path):
-    given = [*MINIATURE, "--stage=augvae_sl", "--max_iters=60", "--eval_interval=50", "--device=cpu", "--batch_size=2"]
+    given = [*MINIATURE, "--stage=augvae_sl", "--max_iters=60", "--eval_interval=50", "--device=cpu",
+             "--batch_size=2"]
     for name in ("whole", "cut"):
         shutil.copytree(finished[0], tmp_path / name)
     run(*launcher, "train.py", *given, "--out_dir", tmp_path / "whole", "--overwrite")
@@ -2635,7 +2741,8 @@ def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, fin
             break
     printed, _ = process.communicate(timeout=60)
     step = train.load_checkpoint(tmp_path / "cut" / "augvae_sl.pt", "augvae_sl")["step"]
-    assert 10 <= step < 60 and f"stopped at step {step}, saved to" in printed and process.returncode not in (0, None)
+    assert 10 <= step < 60 and f"stopped at step {step}, saved to" in printed
+    assert process.returncode not in (0, None)
     if launcher is not TORCHRUN:
         assert process.returncode == 128 + signal.SIGTERM
     run(*launcher, "train.py", "--out_dir", tmp_path / "cut", "--resume")
@@ -2674,10 +2781,11 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypat
     assert [math.isfinite(float(r["loss"])) for r in log] == [True, False, False, True, True, True]
     checkpoint = train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")
     assert all(v.isfinite().all() for v in checkpoint["model"].values())
-    assert checkpoint["model"]["codebook.updates"] == 4  # the codebook did not move in the skipped steps either
+    assert checkpoint["model"]["codebook.updates"] == 4  # nor did the codebook move in the skipped steps
     with pytest.raises(ValueError, match="20 steps in a row.*augvae_ml.pt holds step 13"):
         train.main([*given, "--resume", "--max_iters=40", "--eval_interval=13"])
-    assert all(v.isfinite().all() for v in train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")["model"].values())
+    checkpoint = train.load_checkpoint(tmp_path / "augvae_ml.pt", "augvae_ml")
+    assert all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
 def test_a_rank_that_fails_takes_the_job_down(tmp_path):
@@ -2692,15 +2800,17 @@ def after_step(self, skipped):
 train.AugVAEObjective.after_step = after_step
 train.main(sys.argv[1:])
 """)
-    printed = run(*TORCHRUN, tmp_path / "job.py", *MINIATURE, "--device=cpu", "--out_dir", tmp_path / "out", "--batch_size=2",
-                  ok=False)  # within run()'s time limit
+    printed = run(*TORCHRUN, tmp_path / "job.py", *MINIATURE, "--device=cpu", "--out_dir", tmp_path / "out",
+                  "--batch_size=2", ok=False)  # within run()'s time limit
     assert "rank one has had enough" in printed
 
 
 def test_settings_are_typed_layered_and_documented():
     parser = train.Parser((train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), {})
-    given = parser.settings(["--levels", "16,8", "--learning_rate=0.5", "--resume", "--attention", "false", "--n_layer", "3"])
-    assert given == {"levels": (16, 8), "learning_rate": 0.5, "resume": True, "attention": False, "n_layer": 3}
+    given = parser.settings(["--levels", "16,8", "--learning_rate=0.5", "--resume", "--attention", "false",
+                             "--n_layer", "3"])
+    assert given == {"levels": (16, 8), "learning_rate": 0.5, "resume": True, "attention": False,
+                     "n_layer": 3}
     config, gpt = train.configure({**given, "preset": "tiny"}, "biart", train.TrainConfig, BiARTConfig)
     assert config.learning_rate == 0.5 and gpt.n_layer == 3
     assert config.batch_size == train.PRESETS["tiny"]["biart"]["batch_size"]
@@ -2711,7 +2821,8 @@ def test_settings_are_typed_layered_and_documented():
                 assert len(described) == 1 and not described[0].startswith("["), f.name
     for preset in train.PRESETS:
         for stage in train.STAGES:
-            train.configure({"preset": preset}, stage, train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
+            train.configure({"preset": preset}, stage,
+                            train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
 
 
 def test_help_lists_every_setting():
@@ -2731,31 +2842,36 @@ def test_learning_rate_schedule():
 def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
-    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10, min_lr=0.02)
+    reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10,
+                                                           min_lr=0.02)
     plateau, rng = train.Plateau(), random.Random(0)
     config = train.TrainConfig(schedule="plateau", learning_rate=0.5, min_lr=0.02, warmup_iters=0)
     for step in range(400):
         loss = 1 / (1 + min(step, 150) / 9) + rng.choice([0, 0, 0.3, 1e-6])
         plateau.step(loss)
         reference.step(loss)
-        assert train.learning_rate_at(step, config, plateau.factor) == pytest.approx(optimizer.param_groups[0]["lr"])
+        rate = train.learning_rate_at(step, config, plateau.factor)
+        assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
     assert plateau.factor < 0.1
     original, = train.configure({"preset": "original"}, "augvae_sl", train.TrainConfig)
-    assert (original.learning_rate, original.scale_lr, original.schedule, original.warmup_iters, original.grad_clip,
-            original.weight_decay, original.beta1, original.beta2) == (4.5e-6, True, "plateau", 0, 0, 1e-5, 0.9, 0.999)
+    assert (original.learning_rate, original.scale_lr, original.schedule, original.warmup_iters,
+            original.grad_clip, original.weight_decay, original.beta1, original.beta2) == (
+        4.5e-6, True, "plateau", 0, 0, 1e-5, 0.9, 0.999)
     assert train.configure({"preset": "original"}, "biart", train.TrainConfig)[0].schedule == "cosine"
     # a run that is resumed in the middle knows of the plateau what one in a piece knows
     monkeypatch.setattr(train.Plateau, "step", lambda self, loss: train.Plateau.__init__(
         self, self.factor / 2, loss, self.bad + 1, self.cooldown + 1))
-    flags = [*MINIATURE, "--stage=augvae_ml", "--schedule=plateau", "--learning_rate=1e-4", "--scale_lr", "--warmup_iters=0",
-             "--gradient_accumulation_steps=2", "--min_lr=0"]
+    flags = [*MINIATURE, "--stage=augvae_ml", "--schedule=plateau", "--learning_rate=1e-4", "--scale_lr",
+             "--warmup_iters=0", "--gradient_accumulation_steps=2", "--min_lr=0"]
     train.main([*flags, "--out_dir", str(tmp_path / "whole")])
     train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--max_iters=2"])
     train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--resume"])
-    whole, halves = (train.load_checkpoint(tmp_path / name / "augvae_ml.pt", "augvae_ml") for name in ("whole", "halves"))
+    whole, halves = (train.load_checkpoint(tmp_path / name / "augvae_ml.pt", "augvae_ml")
+                     for name in ("whole", "halves"))
     assert whole["plateau"] == halves["plateau"] and whole["plateau"]["bad"] == 3
     rates = [float(row["lr"]) for row in rows(tmp_path / "whole" / "augvae_ml.csv")]
-    assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == [float(r["lr"]) for r in rows(tmp_path / "halves" / "augvae_ml.csv")]
+    halved = [float(row["lr"]) for row in rows(tmp_path / "halves" / "augvae_ml.csv")]
+    assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == halved
 
 
 @has_namespaces
@@ -2766,8 +2882,9 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     data.Scenes("val", 1).image(0).save(picture)
 
     def go(name, *arguments):
-        train.main(["--out_dir", str(tmp_path / name), "--n_layer=1", "--n_head=2", "--n_embd=16", "--n_scenes=8",
-                    "--batch_size=4", "--max_iters=1", "--eval_interval=1", "--eval_images=4", *arguments])
+        train.main(["--out_dir", str(tmp_path / name), "--n_layer=1", "--n_head=2", "--n_embd=16",
+                    "--n_scenes=8", "--batch_size=4", "--max_iters=1", "--eval_interval=1",
+                    "--eval_images=4", *arguments])
         return tmp_path / name
 
     def paint(out, *arguments):
@@ -2775,11 +2892,14 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
 
     kept = go("ml", "--stage=augvae_ml", "--init_from", ml, "--max_iters=0") / "augvae_ml.pt"
     assert train.fingerprint(train.load_augvae(kept)) == train.fingerprint(AugVAE.from_released(ml))
-    cut = train.load_augvae(go("cut", "--stage=augvae_sl", "--init_from", str(kept), "--token_grid=4") / "augvae_sl.pt")
+    out = go("cut", "--stage=augvae_sl", "--init_from", str(kept), "--token_grid=4")
+    cut = train.load_augvae(out / "augvae_sl.pt")
     assert cut.config.grids == (4,)
-    out = go("both", "--stage=all", "--init_from", ml, "--token_grid=8", "--tokenizer", vocabulary)  # ml alone starts there
+    out = go("both", "--stage=all", "--init_from", ml, "--token_grid=8",  # ml alone starts there
+             "--tokenizer", vocabulary)
     assert train.load_checkpoint(out / "augvae_sl.pt", "augvae_sl")["config"]["single_level"] == 8
-    assert train.fingerprint(train.load_augvae(out / "augvae_ml.pt")) != train.fingerprint(AugVAE.from_released(ml))
+    trained = train.load_augvae(out / "augvae_ml.pt")
+    assert train.fingerprint(trained) != train.fingerprint(AugVAE.from_released(ml))
     paint(out)
     out = go("biart", "--stage=biart", "--init_from", sl, "--tokenizer", vocabulary)
     assert Tokenizer.load(out / "tokenizer.json").fingerprint() == Tokenizer.load(vocabulary).fingerprint()
@@ -2794,11 +2914,14 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     assert "reconstructed.png" in capsys.readouterr().out
     torch.save({"state_dict": Payload()}, tmp_path / "bad.ckpt")
     for message, *arguments in (
-            ("BiART needs AugVAE-SL", "--stage=biart", "--init_from", ml), ("is AugVAE-SL", "--stage=augvae_ml", "--init_from", sl),
-            ("--hidden 8 contradicts", "--init_from", ml, "--hidden=8"), ("--token_grid 4 contra", "--stage=augvae_sl",
-             "--init_from", sl, "--token_grid=4"), ("asks to run", "--init_from", str(tmp_path / "bad.ckpt")),
-            ("of biart, not of an AugVAE", "--init_from", str(out / "biart.pt")), ("no file", "--init_from=absent"),
-            ("none of: cosine, plateau", "--schedule=linear"), ("none of: square, picture", "--crop_of=circle"),
+            ("BiART needs AugVAE-SL", "--stage=biart", "--init_from", ml),
+            ("is AugVAE-SL", "--stage=augvae_ml", "--init_from", sl),
+            ("--hidden 8 contradicts", "--init_from", ml, "--hidden=8"),
+            ("--token_grid 4 contra", "--stage=augvae_sl", "--init_from", sl, "--token_grid=4"),
+            ("asks to run", "--init_from", str(tmp_path / "bad.ckpt")),
+            ("of biart, not of an AugVAE", "--init_from", str(out / "biart.pt")),
+            ("no file", "--init_from=absent"), ("none of: cosine, plateau", "--schedule=linear"),
+            ("none of: square, picture", "--crop_of=circle"),
             ("absent as a tokenizer", "--stage=biart", "--init_from", sl, "--tokenizer=absent")):
         with pytest.raises(ValueError, match=message):
             go("refused", *arguments)
@@ -2806,13 +2929,16 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     Tokenizer.train(["another text altogether"], 300).save(other)
     with pytest.raises(ValueError, match="contradicts .*tokenizer.json"):
         go("biart", "--stage=biart", "--init_from", sl, "--tokenizer", other, "--resume", "--max_iters=2")
-    assert "asks to run" in refused("sample.py", "--out_dir", out, "--vae", tmp_path / "bad.ckpt", "--prompt", "x")
+    printed = refused("sample.py", "--out_dir", out, "--vae", tmp_path / "bad.ckpt", "--prompt", "x")
+    assert "asks to run" in printed
 
 
 def test_a_run_with_clips_vocabulary(finished, tmp_path):
     tok_clip()
-    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
-    flags = [*MINIATURE, "--stage=biart", "--init_from", str(finished[0] / "augvae_sl.pt"), "--tokenizer", path, "--max_iters=1"]
+    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(
+        HERE, "..", "shared/data/clip/bpe_simple_vocab_16e6.txt.gz")
+    flags = [*MINIATURE, "--stage=biart", "--init_from", str(finished[0] / "augvae_sl.pt"),
+             "--tokenizer", path, "--max_iters=1"]
     train.main([*flags, "--out_dir", str(tmp_path)])
     sample_module.main(["--out_dir", str(tmp_path), "--vae", str(finished[0] / "augvae_sl.pt"), "--n=2"])
     assert train.load_checkpoint(tmp_path / "biart.pt", "biart")["config"]["text_vocab"] == 49408
@@ -2831,11 +2957,13 @@ def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
     assert "did you mean --max_iters" in refused("train.py", "--max_iter", "3")
     assert "exists" in refused("train.py", *MINIATURE, "--out_dir", out)
     for arguments, message in [
-        (["--stage=gan"], "none of: augvae_ml, augvae_sl, biart, all"), (["--preset=huge"], "tiny, small, released"),
+        (["--stage=gan"], "none of: augvae_ml, augvae_sl, biart, all"),
+        (["--preset=huge"], "tiny, small, released"),
         (["--data=mnist"], "none of: scenes, fake, imagenet"), (["--data=coco"], "needs --train_dir"),
         (["--data=coco", "--train_dir=absent", "--train_captions=absent.json"], "no image folder"),
-        (["--stage=biart"], "no checkpoint"), (["--resume"], "finds no checkpoint"), (["--device=tpu"], "--device"),
-        (["--dtype=int8"], "none of: auto"), (["--loss=l3"], "none of: l2, l1"), (["--levels=8,3"], "levels"),
+        (["--stage=biart"], "no checkpoint"), (["--resume"], "finds no checkpoint"),
+        (["--device=tpu"], "--device"), (["--dtype=int8"], "none of: auto"),
+        (["--loss=l3"], "none of: l2, l1"), (["--levels=8,3"], "levels"),
     ]:
         with pytest.raises(ValueError, match=message):
             train.main([*MINIATURE, "--out_dir", str(tmp_path / "new"), *arguments])
@@ -2879,15 +3007,20 @@ def test_bad_uses_are_refused(finished, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     image = ["--image", str(picture)]
     for arguments, message in [
-        (["--prompts", "absent.txt"], "no file of prompts absent.txt"), (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
-        (["--prompts", str(tmp_path / "latin1.txt")], "not a text file"), (["--image", str(empty)], "no image in the folder"),
-        ([*image, "--prompt", "a cross"], "--keep_rows"), ([*image, "--prompt", "a cross", "--keep_rows=8"], "8 is not in 1 to 7"),
-        ([*image, "--prompt", "a cross", "--keep_rows=-1"], "-1 is not at least 0"), (["--keep_rows=2"], "needs --image"),
-        ([*image, "--keep_rows=2"], "needs --prompt or --variations"), (["--prefix=a"], "--prefix needs --image"),
+        (["--prompts", "absent.txt"], "no file of prompts absent.txt"),
+        (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
+        (["--prompts", str(tmp_path / "latin1.txt")], "not a text file"),
+        (["--image", str(empty)], "no image in the folder"),
+        ([*image, "--prompt", "a cross"], "--keep_rows"),
+        ([*image, "--prompt", "a cross", "--keep_rows=8"], "8 is not in 1 to 7"),
+        ([*image, "--prompt", "a cross", "--keep_rows=-1"], "-1 is not at least 0"),
+        (["--keep_rows=2"], "needs --image"), ([*image, "--keep_rows=2"], "needs --prompt or --variations"),
+        (["--prefix=a"], "--prefix needs --image"),
         ([*image, "--prefix", "red circle " * 40], "tokens"), (["--rerank=0"], "--rerank 0 is not in 1 to"),
         (["--rerank_forward=1.5"], "not in 0 to 1"), (["--top_p=0"], "--top_p 0.0"), (["--n=0"], "--n 0"),
         (["--prompt", "a", "--eval"], "different uses"), (["--prompt", "a", "--beam=3"], "does not paint"),
-        ([*image, "--beam=3", "--rerank=2"], "both choose"), ([*image, "--beam=3", "--top_k=5"], "does not sample"),
+        ([*image, "--beam=3", "--rerank=2"], "both choose"),
+        ([*image, "--beam=3", "--top_k=5"], "does not sample"),
         (["--eval", "--fid_weights", "absent.pth"], "no file absent.pth"),
         (["--eval", "--fid_weights", str(tmp_path / "weights.pth")], "is not a whole checkpoint"),
     ]:
@@ -2943,7 +3076,8 @@ def test_imports_are_quiet_and_one_way(module):
 # README.md
 
 README = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
-CHANGES = re.findall(r"```diff\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)  # a diff, and the commands below it
+# a diff, and the commands below it
+CHANGES = re.findall(r"```diff\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="changes are applied by git")
@@ -2952,14 +3086,16 @@ def test_the_changes_in_the_readme_can_be_made_and_run(diff, commands, tmp_path)
     for name in ("augvae", "biart", "data", "sample", "tokenizer", "train"):
         shutil.copy(os.path.join(HERE, f"{name}.py"), tmp_path)
     subprocess.run(["git", "apply", "--recount", "-C1", "-"], cwd=tmp_path, input=diff, text=True, check=True)
-    assert sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines() if line) <= 15
+    changed = sum(line[:1] in "+-" and line[:3] not in ("+++", "---") for line in diff.splitlines() if line)
+    assert changed <= 15
     noise(tmp_path / "IMAGES" / "cats" / "0.png", 0)
     noise(tmp_path / "IMAGES" / "dogs" / "1.png", 1)
     for command in commands.splitlines():
         script, *given = shlex.split(command.split("#")[0])[1:]
         small = [*MINIATURE, "--device=cpu"] if script == "train.py" else []
-        process = subprocess.run([sys.executable, script, *map(str, small), *given], cwd=tmp_path, capture_output=True,
-                                 text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        process = subprocess.run([sys.executable, script, *map(str, small), *given], cwd=tmp_path,
+                                 capture_output=True, text=True, check=False,
+                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
         assert process.returncode == 0, process.stdout + process.stderr
 
 

@@ -1,19 +1,20 @@
 """
 Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, through one loop.
 
-On a laptop, all three stages on the built-in scenes (15 minutes on 2 CPU cores; validation losses reach 0.001 in
-AugVAE-SL and 0.26 in BiART):
+On a laptop, all three stages on the built-in scenes (15 minutes on 2 CPU cores; validation losses reach 0.001
+in AugVAE-SL and 0.26 in BiART):
 $ python train.py
 
 On your own captioned pictures, in the MS-COCO layout:
-$ python train.py --preset small --data coco --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
+$ python train.py --preset small --data coco \\
+      --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
 
 On 8 GPUs, one stage, on ImageNet (other layouts: data.py):
-$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 --batch_size 4 --epochs 2 \\
-      --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val
+$ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 --batch_size 4 \\
+      --epochs 2 --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val
 
-A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve), {stage}_{step}.png
-(pictures as training goes), tokenizer.json. sample.py reads it.
+A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.png (log and curve),
+{stage}_{step}.png (pictures as training goes), tokenizer.json. sample.py reads it.
 """
 import argparse
 import contextlib
@@ -61,7 +62,7 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 class TrainConfig:
     # The run
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64 px), released (256 px), original (trained as in the release)
+    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64), released (256), original (trained as it was)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
@@ -77,7 +78,7 @@ class TrainConfig:
     schedule: str = "cosine"  # cosine, or plateau: halves the rate where the validation loss stops falling
     warmup_iters: int = 100  # steps of linear warm-up
     min_lr: float = 1e-6  # at the end of the schedule
-    optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for the matrices inside layers, AdamW for the rest
+    optimizer: str = "adamw"  # adamw, or muon: orthogonalised steps for matrices in layers, AdamW elsewhere
     weight_decay: float = 1e-5  # on weights of two and more dimensions
     beta1: float = 0.9  # of AdamW
     beta2: float = 0.999  # of AdamW
@@ -102,9 +103,9 @@ class TrainConfig:
     device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
-    checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass instead of keeping them
+    checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass, keep none
     shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
-    bench: str = ""  # measure instead of training: a step of augvae or biart, the codebook, or reading of data
+    bench: str = ""  # measure instead of training: a step of augvae or biart, the codebook, or reading data
     json: bool = False  # bench: print one JSON object last
 
 
@@ -112,51 +113,56 @@ class TrainConfig:
 PRESETS = {
     "tiny": {
         "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 16, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 64, "codebook_size": 128, "codebook_dim": 8, "rate": 0.003, "token_grid": 8,
-             "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
+             "n_groups": 1, "z_channels": 64, "codebook_size": 128, "codebook_dim": 8, "rate": 0.003,
+             "token_grid": 8, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 800, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
-                  "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 500, "log_interval": 50},
+        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5,
+                      "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 800, "learning_rate": 2e-3, "min_lr": 2e-5,
+                      "warmup_iters": 20},
+        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5,
+                  "warmup_iters": 100, "weight_decay": 0.1, "optimizer": "muon",
+                  "eval_interval": 500, "log_interval": 50},
     },
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003, "token_grid": 16,
-             "n_layer": 4, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048, "dropout": 0.1,
-             "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 700, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 400, "learning_rate": 3e-3, "min_lr": 3e-5, "weight_decay": 0.1,
-                  "optimizer": "muon"},
+             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003,
+             "token_grid": 16, "n_layer": 4, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048,
+             "dropout": 0.1, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
+        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5,
+                      "warmup_iters": 20},
+        "augvae_sl": {"batch_size": 8, "max_iters": 700, "learning_rate": 2e-3, "min_lr": 2e-5,
+                      "warmup_iters": 20},
+        "biart": {"batch_size": 32, "max_iters": 400, "learning_rate": 3e-3, "min_lr": 3e-5,
+                  "weight_decay": 0.1, "optimizer": "muon"},
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
         "augvae_sl": {"data": "imagenet", "batch_size": 8, "max_iters": 100000},
-        "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4, "min_lr": 3e-5,
-                  "weight_decay": 0.1,
-                  "beta2": 0.95},
+        "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4,
+                  "min_lr": 3e-5, "weight_decay": 0.1, "beta2": 0.95},
     },
 }
 
 # How the release trains AugVAE, and what all other presets do instead:
 #
-#   the release                                       instead, and why
-#   learning rate 4.5e-6 times the images of a step   given as it is used: Adam's steps do not grow with the batch
-#   no warm-up                                        linear: Adam's first averages are of few batches, and a young
-#                                                     codebook cannot follow an encoder in big steps
-#   halved, down to 1e-6, when the loss (of an        cosine: reaches its end at max_iters, whatever eval_interval
-#     epoch's last batch) has not fallen 10 times       is, and depends on no comparison of noisy numbers
-#   crops: 0.75 to 1 times the picture's area         times the centre square's: in a 4:3 picture no square of more
-#                                                     than 0.75 times its area has room, so that all stay one size
-#   gradients as they are                             clipped to norm 1: one bad batch does not undo a thousand
-#   weight decay 1e-5 on all parameters               not on biases and norms, which it would only pull to zero
+#   the release                                  instead, and why
+#   learning rate 4.5e-6 times a step's images   given as it is used: Adam's steps do not grow with the batch
+#   no warm-up                                   linear: Adam's first averages are of few batches, and a young
+#                                                codebook cannot follow an encoder in big steps
+#   halved, down to 1e-6, after 10 losses (of    cosine: reaches its end at max_iters, whatever eval_interval
+#     epochs' last batches) that did not fall    is, and depends on no comparison of noisy numbers
+#   crops: 0.75 to 1 times the picture's area    times the centre square's: in a 4:3 picture no square of more
+#                                                than 0.75 times its area has room, so that all stay one size
+#   gradients as they are                        clipped to norm 1: one bad batch does not undo a thousand
+#   weight decay 1e-5 on all parameters          not on biases and norms, which it would only pull to zero
 #
-# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation loss at
-# every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no difference worth an option.
-ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau", "min_lr": 1e-6,
-            "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
+# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation
+# loss at every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no
+# difference worth an option.
+ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau",
+            "min_lr": 1e-6, "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
 PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][stage], **ORIGINAL}
                                                  for stage in ("augvae_ml", "augvae_sl")}}
 
@@ -166,22 +172,26 @@ PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][s
 
 class Parser(argparse.ArgumentParser):
     """
-    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the result. The
-    help is the comments: one beside each field, and one on a line of its own, or the class's name, above a group of them.
+    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the
+    result. The help is the comments: one beside each field, and one on a line of its own, or the class's
+    name, above a group of them.
     """
 
     def __init__(self, classes, defaults, **kwargs):
-        super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs, formatter_class=lambda prog:
-                         argparse.RawDescriptionHelpFormatter(prog, max_help_position=38, width=170))
+        super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                             prog, max_help_position=38, width=170))
         for cls in classes:
             group, fields = None, {f.name: f for f in dataclasses.fields(cls)}
-            for title, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", inspect.getsource(cls), re.MULTILINE):
+            source = inspect.getsource(cls)
+            for title, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", source, re.MULTILINE):
                 if title or group is None:
                     group = self.add_argument_group(title or cls.__name__.removesuffix("Config"))
                 if name and not fields[name].metadata.get("derived"):
                     read, metavar, extra = kinds[fields[name].type]
                     note = f"{note} [{defaults.get(name, fields[name].default)}]".replace("%", "%%")
-                    group.add_argument(f"--{name}", type=read, default=argparse.SUPPRESS, metavar=metavar, help=note, **extra)
+                    group.add_argument(f"--{name}", type=read, default=argparse.SUPPRESS, metavar=metavar,
+                                       help=note, **extra)
 
     def settings(self, argv):
         """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
@@ -210,8 +220,8 @@ def int_tuple(text):
 
 # How a setting of each type is read: conversion, how the help calls it, what else argparse should know.
 kinds = {int: (int, "int", {}), float: (float, "float", {}), str: (str, "text", {}),
-         bool: (true_or_false, "bool", {"nargs": "?", "const": True}), tuple[int, ...]: (int_tuple, "int,int,...", {}),
-         tuple[str, ...]: (str, "text", {"nargs": "+"})}
+         bool: (true_or_false, "bool", {"nargs": "?", "const": True}),
+         tuple[int, ...]: (int_tuple, "int,int,...", {}), tuple[str, ...]: (str, "text", {"nargs": "+"})}
 
 
 def preset_values(preset, stage):
@@ -221,7 +231,7 @@ def preset_values(preset, stage):
 
 
 def configure(given, stage, *classes):
-    """Settings of one stage, as one instance of each class: the class's defaults < the preset's < what was given."""
+    """Settings of one stage, an instance of each class: its defaults < the preset's < what was given."""
     preset = preset_values(given.get("preset", TrainConfig.preset), stage)
     return [filled(cls, {**preset, **given}) for cls in classes]
 
@@ -237,18 +247,19 @@ def filled(cls, values):
 def older_checkpoints(path):
     """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
     stem = os.fspath(path).removesuffix(".pt")
-    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name) for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
+    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name)
+             for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
     return {int(match[1]): match[0] for match in found if match}
 
 
 def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     """
-    Write a dict of tensors and plain values. `previous`, the step that the file at path holds, moves to a name of its
-    own first, so that at every moment a whole checkpoint is there; `keep` of those stay. The best is copied aside.
+    Write a dict of tensors and plain values. `previous`, the step of the file at path, moves to a name of its
+    own first, so that a whole checkpoint is always there; `keep` of those stay. The best is copied aside.
     """
     stem = os.fspath(path).removesuffix(".pt")
     aside = None if previous is None else f"{stem}_{previous:08d}.pt"
-    with data.written(path, aside, f"{path}.part") as f:  # one name, so that a kill leaves no more than one such file
+    with data.written(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
         torch.save(checkpoint, f)
     if best:
         with open(path, "rb") as f, data.written(f"{stem}_best.pt", part=f"{path}.part") as copy:
@@ -259,8 +270,8 @@ def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
 
 def last_checkpoint(path, stage, say=print):
     """
-    The newest checkpoint of a stage that can be read, and whether it is the one at path; (None, False) where there is
-    none at all. Says which it had to pass over.
+    The newest checkpoint of a stage that can be read, and whether it is the one at path; (None, False) where
+    there is none at all. Says which it had to pass over.
     """
     older = [old for _, old in sorted(older_checkpoints(path).items(), reverse=True)]
     there = [p for p in (path, *older) if os.path.exists(p)]
@@ -402,7 +413,7 @@ class Context:
             torch.cuda.synchronize(self.device)
 
     def peak_gb(self):
-        """The most memory held so far: of tensors on a GPU, of the whole process on a CPU. GB are 2^30 bytes."""
+        """Most memory held so far, GB of 2^30 bytes: of tensors on a GPU, of the whole process on a CPU."""
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
@@ -454,7 +465,7 @@ class AugVAEObjective(nn.Module):
 
     def __init__(self, vae, config):
         super().__init__()
-        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether LPIPS is added
+        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether with LPIPS
                   "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
         if config.loss not in losses:
             raise ValueError(f"--loss {config.loss!r} is none of: {', '.join(losses)}")
@@ -494,7 +505,7 @@ class BiARTObjective(nn.Module):
 
     def __init__(self, biart, vae, tokenizer):
         super().__init__()
-        self.model, self.helpers = biart, (vae, tokenizer)  # a tuple, so that they are no submodules to be trained
+        self.model, self.helpers = biart, (vae, tokenizer)  # a tuple: no submodules to be trained
 
     def forward(self, text, image, null):
         return self.model(text, image, null if self.training else None)
@@ -540,7 +551,7 @@ def bad_images(config, stage):
 
 
 def prepare_augvae(stage, given, train_data, val_data, _context):
-    """-> (objective, training view, validation view, what the checkpoint says of the models it belongs to)."""
+    """-> objective, training view, validation view, what the checkpoint says of the models it belongs to."""
     config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
     if stage == "augvae_ml" and not config.init_from:
         vae = AugVAE(vae_config)
@@ -552,19 +563,22 @@ def prepare_augvae(stage, given, train_data, val_data, _context):
     if stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
     size = vae.config.image_size
-    views = data.Pixels(train_data, size, data_config.crop_scale, data_config.crop_of), data.Pixels(val_data, size, 1.0)
+    views = (data.Pixels(train_data, size, data_config.crop_scale, data_config.crop_of),
+             data.Pixels(val_data, size, 1.0))
     return AugVAEObjective(vae, config), *views, {}
 
 
 def prepare_biart(stage, given, train_data, val_data, context):
-    """As prepare_augvae: trains the tokenizer (or, with --resume or --tokenizer, reads it), encodes both data sets."""
+    """As prepare_augvae: trains or reads (--resume, --tokenizer) the tokenizer, encodes both data sets."""
     config, data_config, biart_config = configure(given, stage, TrainConfig, DataConfig, BiARTConfig)
     log = bad_images(config, stage)
     if config.batch_size % 2:
-        raise ValueError(f"--batch_size {config.batch_size} is odd: half of every batch runs in each direction")
+        raise ValueError(f"--batch_size {config.batch_size} is odd: "
+                         "half of every batch runs in each direction")
     vae = read_augvae("augvae_sl", given).to(context.device)
     if not vae.config.single_level:
-        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: --stage augvae_sl makes it of that")
+        raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: "
+                         "--stage augvae_sl makes it of that")
     path = os.path.join(config.out_dir, "tokenizer.json")
     given_tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
@@ -579,7 +593,8 @@ def prepare_biart(stage, given, train_data, val_data, context):
         began = time.time()
         texts = data.all_captions(train_data, log)
         tokenizer = Tokenizer.train(texts, config.vocab_size)
-        context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions in {time.time() - began:.1f} s")
+        context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions "
+                    f"in {time.time() - began:.1f} s")
         if context.rank == 0:
             tokenizer.save(path)
     biart_config = dataclasses.replace(
@@ -623,7 +638,7 @@ def learning_rate_at(step, config, factor=1.0):
 @dataclass
 class Plateau:
     """
-    Halves `factor` after more than 10 losses in a row that were no new best, by 1 in 10,000; then 10 do not count.
+    Halves `factor` after more than 10 losses in a row with no new best, by 1 in 10,000; then 10 do not count.
     Like torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), in plain numbers.
     """
     factor: float = 1.0
@@ -641,7 +656,7 @@ class Plateau:
 
 
 def orthogonalise(matrix, steps=5):
-    """(rows, columns) -> the same singular vectors, singular values of 0.7 to 1.2: Newton-Schulz, by products alone."""
+    """(rows, columns) -> the same singular vectors, values 0.7 to 1.2: Newton-Schulz, by products alone."""
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / (x.norm() + 1e-7)
@@ -653,9 +668,9 @@ def orthogonalise(matrix, steps=5):
 
 class Muon(torch.optim.AdamW):
     """
-    AdamW, but in groups with "orthogonal" the step is the momentum, orthogonalised, so that a matrix turns equally fast in
-    all directions, weak ones too (Jordan et al. 2024). It is scaled to the size of AdamW's steps, hence one learning rate
-    for both (Liu et al. 2025, arXiv 2502.16982).
+    AdamW, but in groups with "orthogonal" the step is the momentum, orthogonalised, so that a matrix turns
+    equally fast in all directions, weak ones too (Jordan et al. 2024). It is scaled to the size of AdamW's
+    steps, hence one learning rate for both (Liu et al. 2025, arXiv 2502.16982).
     """
     momentum = 0.95
 
@@ -678,7 +693,7 @@ class Muon(torch.optim.AdamW):
 
 
 def make_optimizer(model, config, context):
-    """Weight decay for all weights of two and more dimensions; with muon, those inside layers are orthogonalised."""
+    """Weight decay for weights of two and more dimensions; with muon, those in layers are orthogonalised."""
     layers = {module.weight for module in model.modules() if config.optimizer == "muon"
               and isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d))}
     hidden = [p for p in model.parameters() if p in layers]
@@ -694,10 +709,11 @@ def make_optimizer(model, config, context):
 
 
 def checkpoint_activations(model):
-    """Blocks keep their input alone and run once more in the backward pass: much less memory for a third more time."""
+    """Blocks keep inputs alone and run again in the backward pass: much less memory for a third more time."""
     for module in model.modules():
         if isinstance(module, (Block, ResBlock)):
-            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward, use_reentrant=False)
+            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
+                                               use_reentrant=False)
 
 
 def shard(model):
@@ -726,11 +742,12 @@ def load_optimizer(optimizer, state):
     """Load whole()'s state dict, cutting up again what belongs to a sharded parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
-        if hasattr(params[i], "full_tensor"):
+        p = params[i]
+        if hasattr(p, "full_tensor"):
             from torch.distributed.tensor import distribute_tensor
             for key, value in values.items():
-                if value.shape == params[i].shape:
-                    values[key] = distribute_tensor(value.to(params[i].device), params[i].device_mesh, params[i].placements)
+                if value.shape == p.shape:
+                    values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
     optimizer.load_state_dict(state)
 
 
@@ -740,7 +757,8 @@ class Stopped(Exception):
 
 class Signals:
     """
-    SIGTERM and SIGINT while training: the first lets the loop finish its step and save, a second ends the process at once.
+    SIGTERM and SIGINT while training: the first lets the loop finish its step and save, a second ends the
+    process at once.
     """
 
     def __enter__(self):
@@ -749,7 +767,7 @@ class Signals:
         return self
 
     def catch(self, number, _frame):
-        # A Ctrl-C reaches each rank from the terminal and again from torchrun: what comes within a second is one signal.
+        # Ctrl-C reaches a rank from the terminal and from torchrun: what comes within a second is one signal.
         if self.number and time.monotonic() - self.at > 1:
             os._exit(128 + number)
         if not self.number:
@@ -758,6 +776,35 @@ class Signals:
     def __exit__(self, *_):
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def take_step(wrapped, objective, optimizer, scaler, config, context, batches, signals=None):
+    """
+    One optimizer step on this rank's micro-batches. -> the mean loss over ranks, the gradient's norm, the
+    parts of the loss, whether the step was skipped because one of these is not finite, and whether any rank
+    has caught a signal.
+    """
+    total, parts, micro = 0.0, {}, config.gradient_accumulation_steps
+    for i, batch in enumerate(batches):
+        last = i == micro - 1 or not isinstance(wrapped, DistributedDataParallel)
+        with contextlib.nullcontext() if last else wrapped.no_sync():
+            with context.autocast():
+                loss, parts = wrapped(*batch)
+            scaler.scale(loss / micro).backward()
+        total = total + loss.detach() / micro
+    scaler.unscale_(optimizer)
+    norm = float(whole(nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)))
+    # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
+    caught = float(signals is not None and signals.number > 0)
+    status = torch.stack([total.float() / context.world, torch.tensor(caught, device=total.device)])
+    loss, stopping = context.sum(status).tolist()
+    skip = not (math.isfinite(loss) and math.isfinite(norm))
+    if not skip:
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    parts = {k: float(v) for k, v in {**parts, **objective.after_step(skip)}.items()}
+    return loss, norm, parts, skip, stopping
 
 
 def train(stage, given):
@@ -798,23 +845,26 @@ def train(stage, given):
     prepare = prepare_biart if stage == "biart" else prepare_augvae
     objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
     model = objective.model
-    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {len(train_view):,} "
-                f"training images, {context.world} x {config.batch_size} x {micro} images a step, {context.device}, "
-                f"{str(context.dtype)[6:]}")
+    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+                f"{len(train_view):,} training images, {context.world} x {config.batch_size} x {micro} "
+                f"images a step, {context.device}, {str(context.dtype)[6:]}")
     start, samples, val_loss = 0, 0, None
     on_disk = None  # the step of the checkpoint at path, where it is whole and of this run
-    tally = {"loss": 0.0, "loss_max": 0.0, "grad_norm": 0.0, "skipped": 0, "in_a_row": 0, "best": math.inf, "parts": {}}
+    tally = {"loss": 0.0, "loss_max": 0.0, "grad_norm": 0.0, "skipped": 0, "in_a_row": 0, "best": math.inf,
+             "parts": {}}
     if saved:
         for key, value in {**surroundings, "config": dataclasses.asdict(model.config)}.items():
             if saved[key] != value:
-                raise ValueError(f"{path} belongs to another {key} ({saved[key]}) than the present one ({value})")
+                raise ValueError(f"{path} belongs to another {key} ({saved[key]}) "
+                                 f"than the present one ({value})")
         model.load_state_dict(saved["model"])
         start, samples, val_loss, tally = saved["step"], saved["samples"], saved["val_loss"], saved["tally"]
         on_disk = start if newest else None
         context.say(f"resuming at step {start}")
         if len(saved["random"]) != context.world or saved["samples_per_step"] != samples_per_step:
-            context.say(f"from now on {context.world} ranks instead of {len(saved['random'])}, {samples_per_step} images a "
-                        f"step instead of {saved['samples_per_step']}; the order of the data goes on where it was")
+            context.say(f"from now on {context.world} ranks instead of {len(saved['random'])}, "
+                        f"{samples_per_step} images a step instead of {saved['samples_per_step']}; "
+                        "the order of the data goes on where it was")
     objective.to(context.device)
     if config.checkpoint_activations:
         checkpoint_activations(model)
@@ -850,7 +900,7 @@ def train(stage, given):
             total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * len(batch[0])
         total = context.sum(total)
         with context.autocast():
-            picture = objective.picture(*to_device(val_batches[0]))  # on all ranks: a sharded model needs them all
+            picture = objective.picture(*to_device(val_batches[0]))  # on all ranks: a sharded model needs all
         if context.rank == 0:
             picture.save(os.path.join(config.out_dir, f"{stage}_{step:06d}.png"))
         objective.train()
@@ -858,13 +908,14 @@ def train(stage, given):
 
     def save():
         content = {
-            "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step, "val_loss": val_loss,
-            "config": dataclasses.asdict(model.config), "model": whole(model.state_dict()),
-            "optimizer": whole(optimizer.state_dict()), "scaler": scaler.state_dict(), "tally": tally,
-            "plateau": dataclasses.asdict(plateau),
+            "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step,
+            "val_loss": val_loss, "config": dataclasses.asdict(model.config),
+            "model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict()),
+            "scaler": scaler.state_dict(), "tally": tally, "plateau": dataclasses.asdict(plateau),
             "random": context.gather(context.random_state()), "settings": dict(given), **surroundings}
         if context.rank == 0:
-            save_checkpoint(path, content, on_disk, config.keep, best=val_loss is not None and val_loss <= tally["best"])
+            save_checkpoint(path, content, on_disk, config.keep,
+                            best=val_loss is not None and val_loss <= tally["best"])
             for stale in older_checkpoints(path).values() if step == 0 else ():
                 os.remove(stale)  # of another run, over which --overwrite starts this one
         context.wait()  # or another rank would look for what is not yet there
@@ -906,35 +957,19 @@ def train(stage, given):
             tick = time.time()
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            total, parts = 0.0, {}
-            for i in range(micro):
-                batch = to_device(next(loader))
-                last = i == micro - 1 or not isinstance(wrapped, DistributedDataParallel)
-                with contextlib.nullcontext() if last else wrapped.no_sync():
-                    with context.autocast():
-                        loss, parts = wrapped(*batch)
-                    scaler.scale(loss / micro).backward()
-                total = total + loss.detach() / micro
-            scaler.unscale_(optimizer)
-            norm = whole(nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip or math.inf))
-            # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
-            status = torch.stack([total.float() / context.world, torch.tensor(float(signals.number > 0), device=total.device)])
-            loss, stopping = context.sum(status).tolist()
-            skip = not (math.isfinite(loss) and math.isfinite(norm))
-            if not skip:
-                scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            parts = {k: float(v) for k, v in {**parts, **objective.after_step(skip)}.items()}
-            tally.update(loss=loss, loss_max=max(tally["loss_max"], loss), grad_norm=float(norm), parts=parts,
+            batches = (to_device(next(loader)) for _ in range(micro))
+            loss, norm, parts, skip, stopping = take_step(
+                wrapped, objective, optimizer, scaler, config, context, batches, signals)
+            tally.update(loss=loss, loss_max=max(tally["loss_max"], loss), grad_norm=norm, parts=parts,
                          skipped=tally["skipped"] + skip, in_a_row=tally["in_a_row"] + 1 if skip else 0)
             step, samples, val_loss = step + 1, samples + samples_per_step, None
             spent += time.time() - tick
             if tally["in_a_row"] == 20:
-                raise ValueError(f"20 steps in a row, up to step {step}, gave no finite loss and gradient; {path} holds step "
-                                 f"{on_disk}, from before")
+                raise ValueError(f"20 steps in a row, up to step {step}, gave no finite loss and gradient; "
+                                 f"{path} holds step {on_disk}, from before")
     if stopping or signals.number:
-        raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there", signals.number or 15)
+        raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there",
+                      signals.number or 15)
     context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
     faults = data.count_faults(log_path)
     if faults:
@@ -946,7 +981,8 @@ class Log:
 
     def __init__(self, stem, parts, start):
         self.stem = stem
-        self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped", *parts]
+        self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped",
+                        *parts]
         rows = [row for row in self.rows() if int(row["step"]) < start]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
@@ -963,8 +999,8 @@ class Log:
 
     def write(self, step, val_loss, lr, speed, tally):
         """loss is that of the step itself, loss_max the highest since the row before."""
-        row = [step, f"{tally['loss']:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}", f"{speed:.1f}",
-               f"{tally['loss_max']:.6g}", f"{tally['grad_norm']:.4g}", tally["skipped"]]
+        row = [step, f"{tally['loss']:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}",
+               f"{speed:.1f}", f"{tally['loss_max']:.6g}", f"{tally['grad_norm']:.4g}", tally["skipped"]]
         parts = [f"{tally['parts'][k]:.5g}" if k in tally["parts"] else "" for k in self.columns[len(row):]]
         with open(f"{self.stem}.csv", "a", newline="") as f:
             csv.writer(f).writerow([*row, *parts])
@@ -996,22 +1032,24 @@ class Log:
             draw.line([at(0, y), at(right, y)], fill=(225, 225, 225), width=scale)
             draw.text((2 * scale, at(0, y)[1] - 8 * scale), f"{10 ** y:.3g}", fill="black", font=font)
             x = round(right * i / 4)
-            draw.text((at(x, low)[0] - 10 * scale, (height - margin + 6) * scale), str(x), fill="black", font=font)
+            draw.text((at(x, low)[0] - 10 * scale, (height - margin + 6) * scale), str(x),
+                      fill="black", font=font)
         for i, (name, colour, points) in enumerate(curves):
             draw.line([at(x, y) for x, y in points], fill=colour, width=2 * scale)
             draw.text(((margin + 10 + 90 * i) * scale, 4 * scale), name, fill=colour, font=font)
-        draw.text(((width - 2 * margin) * scale, 4 * scale), os.path.basename(self.stem), fill="black", font=font)
+        draw.text(((width - 2 * margin) * scale, 4 * scale), os.path.basename(self.stem),
+                  fill="black", font=font)
         image.reduce(scale).save(f"{self.stem}_loss.png")
 
 
 # -----------------------------------------------------------------------------
 # Measurements
 
-# What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes are the released
-# ones, or fixed ones to compare by, unless given on the command line; presets have no say.
+# What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes
+# are the released ones, or fixed ones to compare by, unless given on the command line; presets have no say.
 
 def timed(step, context, unit, units, rounds=5):
-    """Median time of step(), after one call for warm-up, and what it is of the fastest that the device could do."""
+    """Median time of step(), after one call for warm-up, and what it is of the fastest the device can do."""
     with FlopCounterMode(display=False) as counter:
         step()
     seconds = [context.seconds(step) for _ in range(rounds)]
@@ -1019,8 +1057,9 @@ def timed(step, context, unit, units, rounds=5):
     a = torch.randn(n, n, device=context.device, dtype=context.dtype)
     peak = 2 * n ** 3 / min(context.seconds(lambda: a @ a) for _ in range(10))
     flops = counter.get_total_flops()
-    print(f"{median:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), {units / median:,.1f} {unit}/s, "
-          f"{flops / 1e9:,.0f} GFLOP in products, {flops / median / peak:.0%} of what one large product reaches", flush=True)
+    print(f"{median:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
+          f"{units / median:,.1f} {unit}/s, {flops / 1e9:,.0f} GFLOP in products, "
+          f"{flops / median / peak:.0%} of what one large product reaches", flush=True)
     return {"median_s": median, "min_s": min(seconds), "max_s": max(seconds), f"{unit}_per_s": units / median,
             "share_of_peak": flops / median / peak}
 
@@ -1031,19 +1070,10 @@ def training_step(objective, config, context, *batch):
     if config.checkpoint_activations:
         checkpoint_activations(objective.model)
     optimizer, scaler = make_optimizer(objective.model, config, context), context.scaler()
-    wrapped, batch = torch.compile(objective) if config.compile else objective, [x.to(context.device) for x in batch]
-
-    def step():
-        with context.autocast():
-            loss, _ = wrapped(*batch)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        objective.after_step(False)
-    return step
+    wrapped = torch.compile(objective) if config.compile else objective
+    batch = [x.to(context.device) for x in batch]
+    batches = [batch] * config.gradient_accumulation_steps
+    return lambda: take_step(wrapped, objective, optimizer, scaler, config, context, batches)
 
 
 def bench_augvae(given, context):
@@ -1051,7 +1081,8 @@ def bench_augvae(given, context):
     config, sizes = filled(TrainConfig, {"batch_size": 2, **given}), filled(AugVAEConfig, given)
     images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
     step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, images)
-    return {**timed(step, context, "images", len(images), rounds=3), "size": list(images.shape)}
+    return {**timed(step, context, "images", len(images) * config.gradient_accumulation_steps, rounds=3),
+            "size": list(images.shape)}
 
 
 def bench_codebook(given, context):
@@ -1074,9 +1105,13 @@ def bench_biart(given, context):
     config = filled(TrainConfig, {"batch_size": 2, **given})
     model = BiART(filled(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
     c, B = model.config, config.batch_size
-    text, image = torch.randint(0, c.end_token, (B, c.n_text)), torch.randint(0, c.image_vocab, (B, c.n_image))
-    step = training_step(BiARTObjective(model, None, None), config, context, text, image, torch.zeros(B, dtype=torch.bool))
-    return {**timed(step, context, "tokens", B * (c.n_text + c.n_image)), "size": [c.n_layer, c.n_embd, c.n_text + c.n_image, B]}
+    text = torch.randint(0, c.end_token, (B, c.n_text))
+    image = torch.randint(0, c.image_vocab, (B, c.n_image))
+    null = torch.zeros(B, dtype=torch.bool)
+    step = training_step(BiARTObjective(model, None, None), config, context, text, image, null)
+    T = c.n_text + c.n_image
+    return {**timed(step, context, "tokens", B * T * config.gradient_accumulation_steps),
+            "size": [c.n_layer, c.n_embd, T, B]}
 
 
 def photograph(width, height):
@@ -1134,7 +1169,8 @@ def main(argv):
     first.add_argument("--stage", default=TrainConfig.stage)
     seen, _ = first.parse_known_args(argv)
     defaults = preset_values(seen.preset, seen.stage)
-    given = Parser((TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), defaults, description=__doc__).settings(argv)
+    parser = Parser((TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), defaults, description=__doc__)
+    given = parser.settings(argv)
     if given.get("resume"):  # as the run was started, but for what is given now
         given = {**settings_of(given.get("out_dir", TrainConfig.out_dir)), **given}
     stage = given.get("stage", "all")
@@ -1148,8 +1184,10 @@ def main(argv):
         context = Context(config.device, config.dtype, wide=True)
         before = context.peak_gb()
         measured = BENCHES[config.bench](given, context)
-        measured.update(peak_gb=context.peak_gb() - before, device=context.name(), dtype=str(context.dtype)[6:])
-        print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, {measured['dtype']}")
+        measured.update(peak_gb=context.peak_gb() - before, device=context.name(),
+                        dtype=str(context.dtype)[6:])
+        print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, "
+              f"{measured['dtype']}")
         if config.json:
             print(json.dumps(measured))
         return
@@ -1162,8 +1200,8 @@ def main(argv):
         raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
     there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
     if there and not (config.resume or config.overwrite):
-        raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, and another --out_dir "
-                         "keeps both")
+        raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, "
+                         "and another --out_dir keeps both")
     for name in stages:
         train(name, given)
         given = {**given, "init_from": ""}  # the next stage begins with what this one left
@@ -1175,10 +1213,12 @@ def settings_of(out_dir):
     there = [stage for stage in STAGES if os.path.exists(paths[stage]) or older_checkpoints(paths[stage])]
     if not there:
         raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}")
-    written = {stage: max(map(os.path.getmtime, glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt"))) for stage in there}
+    written = {stage: max(map(os.path.getmtime, glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt")))
+               for stage in there}
     stage = max(there, key=written.get)
     saved, _ = last_checkpoint(paths[stage], stage, say=lambda _: None)
-    return {key: value for key, value in saved["settings"].items() if key not in ("resume", "overwrite", "out_dir")}
+    return {key: value for key, value in saved["settings"].items()
+            if key not in ("resume", "overwrite", "out_dir")}
 
 
 if __name__ == "__main__":
@@ -1198,7 +1238,7 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.destroy_process_group()
         sys.stdout.flush()
-        # Not by sys.exit: gloo's thread may still hold the last tensors that it summed, and letting go of them while
-        # Python winds up aborts the process.
+        # Not by sys.exit: gloo's thread may still hold the last tensors that it summed, and letting go of
+        # them while Python winds up aborts the process.
         os._exit(status)
     sys.exit(status)
