@@ -38,7 +38,7 @@ class BiARTConfig:
     n_layer: int = 24  # transformer blocks
     n_head: int = 16  # attention heads
     n_embd: int = 1024  # channels of the residual stream
-    dropout: float = 0.0  # of embeddings, attention and residual branches
+    dropout: float = 0.0  # of embeddings and residual branches; on attention it would cost the fused kernel
     n_text: int = 64  # text tokens in a sequence, end and padding included
     positions: str = "modality"  # modality (text: index; image: row + column), sequence (published: absolute)
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
@@ -136,7 +136,7 @@ class CausalSelfAttention(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head = config.n_head
         # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding
         # noise, which Adam would blow up to full steps, others on two GPUs than on one.
         self.c_attn = NormLinear(config.n_embd, 3 * config.n_embd, bias=False)
@@ -152,8 +152,7 @@ class CausalSelfAttention(nn.Module):
             cache.index_copy_(3, at, qkv[1:])
         if mask is not None:
             k, v = cache[:, :, :, :mask.shape[-1]]
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal=mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))
 

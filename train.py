@@ -131,10 +131,10 @@ PRESETS = {
              "dropout": 0.1, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5,
                       "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 700, "learning_rate": 2e-3, "min_lr": 2e-5,
+        "augvae_sl": {"batch_size": 8, "max_iters": 1200, "learning_rate": 2e-3, "min_lr": 2e-5,
                       "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 400, "learning_rate": 3e-3, "min_lr": 3e-5,
-                  "weight_decay": 0.1, "optimizer": "muon"},
+        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 3e-3, "min_lr": 3e-5,
+                  "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 200},
     },
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
