@@ -279,9 +279,10 @@ class Codebook(nn.Module):
         p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
         var = p @ (self.weight - p @ self.weight).square().sum(1)
         cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is equal for all codes
-        scores = z.new_empty(max(1, chunk // self.size), self.size)  # fresh memory for each part would cost more
+        rows = max(1, min(len(z), chunk // self.size))
+        scores = z.new_empty(rows, self.size)  # one for all parts: fresh memory costs more than it looks
         codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
-                 for part in z.split(len(scores))]
+                 for part in z.split(rows)]
         return torch.cat(codes)
 
     def forward(self, z):

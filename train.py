@@ -1,7 +1,7 @@
 """
 Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, through one loop.
 
-On a laptop, all three stages on the built-in scenes (15 minutes on 2 CPU cores; validation losses reach 0.001
+On a laptop, all three stages on the built-in scenes (13 minutes on 2 CPU cores; validation losses reach 0.001
 in AugVAE-SL and 0.26 in BiART):
 $ python train.py
 
@@ -62,7 +62,7 @@ STAGES = ("augvae_ml", "augvae_sl", "biart")
 class TrainConfig:
     # The run
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px scenes, CPU), small (64), released (256), original (trained as it was)
+    preset: str = "tiny"  # tiny (64 px, CPU), small (64), released (256), original (trained as the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
