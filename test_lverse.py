@@ -2462,7 +2462,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
 
 def test_ranks_keep_one_codebook_bit_for_bit(tmp_path):
     (tmp_path / "job.py").write_text(f"""
-import sys; sys.path.insert(0, {HERE!r})
+import os, sys; sys.path.insert(0, {HERE!r})
 import torch, torch.distributed as dist
 from augvae import Codebook, AugVAEConfig
 dist.init_process_group("gloo")
@@ -2479,6 +2479,8 @@ for step in range(50):
 books = [torch.empty_like(book.weight) for _ in range(2)]
 dist.all_gather(books, book.weight)
 print("equal" if torch.equal(*books) and book.cluster_size.sum() > 0 else "drifted apart", flush=True)
+dist.destroy_process_group()
+os._exit(0)  # as train.py leaves: gloo's thread may abort Python's own way out
 """)
     printed = run(*TORCHRUN, tmp_path / "job.py")
     assert printed.count("equal") == 2 and "drifted" not in printed
