@@ -1167,7 +1167,7 @@ def font(size):
 
 def contact_sheet(images, captions=None, columns=8, side=128):
     """PIL images, and a text under each or None -> one image, `columns` wide, every picture `side` pixels."""
-    rows = [textwrap.wrap(c, width=max(8, side // 6)) for c in captions] if captions else [[] for _ in images]
+    rows = [textwrap.wrap(c, width=max(8, side // 7)) for c in captions] if captions else [[] for _ in images]
     text = 15 * max(len(r) for r in rows) + (4 if captions else 0)
     columns = min(columns, len(images))
     size = columns * (side + 6) + 6, -(-len(images) // columns) * (side + text + 6) + 6
