@@ -72,7 +72,7 @@ TOK_HARD_TEXTS = [
     "don't DON'T 'tis ''", "<|endoftext|> <end> <pad> </w>", "x" * 500,
 ]
 
-# from /work/shared/golden/clip_bpe.json: what OpenAI's CLIP tokenizer gives, without start and end tokens
+# the golden clip_bpe.json: what OpenAI's CLIP tokenizer gives, without start and end tokens
 TOK_CLIP_GOLDEN = [
     ("A young boy in the park throwing a frisbee.", [320, 1888, 1876, 530, 518, 1452, 9734, 320, 45768, 269]),
     ("it's the dog's ball, isn't it? they've seen 3 dogs; we'll go",
