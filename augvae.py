@@ -637,7 +637,7 @@ def published(flag, given, name, sha256, url, download=True):
         torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
     except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
         raise OSError(f"{name} could not be downloaded from {url} ({e}): put it at {path}, "
-                      f"or give it by --{flag}; --loss l2 trains without LPIPS") from None
+                      f"or give it by --{flag}, or do without it (--loss l2 needs no LPIPS)") from None
     return path
 
 
