@@ -71,14 +71,17 @@ class BiARTConfig:
 
 def linear(x, weight, bias=None):
     """
-    F.linear. The few rows of a decoding step go as W x^T on a CPU: BLAS then streams the weights, of which
-    each is needed once, up to three times as fast. A single row is doubled, as two take less time than one.
+    F.linear. The few rows of a decoding step go, on a CPU, as a batch of 16 products of a part of the outputs
+    each: BLAS then reads the weights, of which each is needed once, up to three times as fast. Up to 4 rows,
+    it does so best where these stand on the right.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
         return F.linear(x, weight, bias)
-    twice = torch.cat([rows, rows]) if len(rows) == 1 else rows
-    y = (weight @ twice.t()).t()[:len(rows)].contiguous().view(*x.shape[:-1], -1)
+    parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])
+    rows = rows.expand(len(parts), -1, -1)
+    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, V / 16)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
     return y if bias is None else y + bias.to(y.dtype)
 
 
