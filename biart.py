@@ -71,17 +71,17 @@ class BiARTConfig:
 
 def linear(x, weight, bias=None):
     """
-    F.linear. The few rows of a decoding step go, on a CPU, as a batch of 16 products of a part of the outputs
-    each: BLAS then reads the weights, of which each is needed once, up to three times as fast. Up to 4 rows,
-    it does so best where these stand on the right.
+    F.linear. On a CPU the few rows of a decoding step go as a batch of products, each with a sixteenth of the
+    weights: BLAS then reads these, of which each is needed once, up to twice as fast. Up to 4 rows do best on
+    the right of the weights.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
         return F.linear(x, weight, bias)
     parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])
     rows = rows.expand(len(parts), -1, -1)
-    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, V / 16)
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, out / 16)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1).contiguous()
     return y if bias is None else y + bias.to(y.dtype)
 
 

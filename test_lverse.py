@@ -1708,7 +1708,7 @@ def biart(seed=0, **changes):
     return model
 
 
-@pytest.mark.parametrize("rows", [1, 2, 16, 40])  # up to 16 go weight first
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 40])  # up to 4, and up to 16, go other ways
 @pytest.mark.parametrize("kind", ["norm", "norm without bias", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
@@ -1736,6 +1736,18 @@ def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
     for a, b in zip(*seen):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 16, 17])
+@pytest.mark.parametrize("out", [32, 20, 7])  # 16 parts, 4, 1
+@pytest.mark.parametrize("biased", [False, True])
+def test_few_rows_go_another_way_to_the_same_product(rows, out, biased):
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 12, dtype=torch.float) for n in (rows, out))
+    bias = torch.randn(out) if biased else None
+    y = biart_module.linear(x[:, None], weight, bias)
+    assert torch.allclose(y, F.linear(x[:, None], weight, bias), atol=1e-5)
+    assert y.stride() == (out, out, 1)  # of other layouts, fused attention is not fused
 
 
 @pytest.mark.parametrize("chunk", [1, 70, 2 ** 22])
