@@ -80,7 +80,7 @@ def linear(x, weight, bias=None):
         return F.linear(x, weight, bias)
     parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])
     rows = rows.expand(len(parts), -1, -1)
-    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, out / 16)
+    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, part)
     y = y.transpose(0, 1).reshape(*x.shape[:-1], -1).contiguous()
     return y if bias is None else y + bias.to(y.dtype)
 
