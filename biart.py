@@ -71,9 +71,9 @@ class BiARTConfig:
 
 def linear(x, weight, bias=None):
     """
-    F.linear. On a CPU the few rows of a decoding step go as a batch of products, each with a sixteenth of the
-    weights: BLAS then reads these, of which each is needed once, up to twice as fast. Up to 4 rows do best on
-    the right of the weights.
+    x (..., in), weight (out, in), bias (out,) or None -> (..., out), contiguous: F.linear. On a CPU the few
+    rows of a decoding step go as a batch of products, each with a sixteenth of the weights: BLAS then reads
+    these, of which each is needed once, up to twice as fast. Up to 4 rows do best on the right of the weights.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
@@ -81,6 +81,7 @@ def linear(x, weight, bias=None):
     parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])
     rows = rows.expand(len(parts), -1, -1)
     y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, part)
+    # reshape alone may give a view with gaps between channels, for which no fused attention is chosen
     y = y.transpose(0, 1).reshape(*x.shape[:-1], -1).contiguous()
     return y if bias is None else y + bias.to(y.dtype)
 

@@ -1743,7 +1743,7 @@ def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
 @pytest.mark.parametrize("biased", [False, True])
 def test_few_rows_go_another_way_to_the_same_product(rows, out, biased):
     torch.manual_seed(0)
-    x, weight = (torch.randn(n, 12, dtype=torch.float) for n in (rows, out))
+    x, weight = torch.randn(rows, 12), torch.randn(out, 12)
     bias = torch.randn(out) if biased else None
     y = biart_module.linear(x[:, None], weight, bias)
     assert torch.allclose(y, F.linear(x[:, None], weight, bias), atol=1e-5)
