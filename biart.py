@@ -73,7 +73,7 @@ def linear(x, weight, bias=None):
     """
     x (..., in), weight (out, in), bias (out,) or None -> (..., out), contiguous: F.linear. On a CPU the few
     rows of a decoding step go as a batch of products, each with a sixteenth of the weights: BLAS then reads
-    these, of which each is needed once, up to twice as fast. Up to 4 rows do best on the right of the weights.
+    these, of which each is needed once, up to twice as fast. Up to 4 rows do best to the weights' right.
     """
     rows = x.reshape(-1, x.shape[-1])
     if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
