@@ -103,9 +103,9 @@ class ConvAfterSiLU(torch.autograd.Function):
         x, gamma, beta, weight, keep = ctx.saved_tensors
         x, h, mean, rstd = ConvAfterSiLU.normed(x, gamma, beta, ctx.n_groups)
         dropped = (lambda t: t) if keep is None else keep.mul
-        low = grad.dtype  # that of autocast, which the backward pass is outside of
+        amp_dtype = grad.dtype  # that of autocast, which the backward pass is outside of
         grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, dropped(F.silu(h)).to(low), weight.to(low), [len(weight)], [1, 1], [1, 1], [1, 1], False,
+            grad, dropped(F.silu(h)).to(amp_dtype), weight.to(amp_dtype), [len(weight)], [1, 1], [1, 1], [1, 1], False,
             [0, 0], 1, [True] * 3)
         grad_h = torch.ops.aten.silu_backward(dropped(grad_h).to(h.dtype), h)
         grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
@@ -503,7 +503,7 @@ class AugVAE(nn.Module):
         It computes what the released code computes with it, and can be trained further, codebook included.
         Raises ValueError where the file is missing, damaged or something else, or asks to run code.
         """
-        return from_lightning(cls, read_plain(path), path)
+        return from_lightning(cls, safe_load(path), path)
 
 
 # -----------------------------------------------------------------------------
@@ -518,7 +518,7 @@ RELEASED_NAMES = (  # what a module of the released encoders and decoders is cal
 )
 
 
-def read_plain(path):
+def safe_load(path):
     """
     The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace
     (which takes torch 2.5). Nothing in it is run.
@@ -541,7 +541,7 @@ def read_plain(path):
 
 
 def from_lightning(cls, checkpoint, path):
-    """What read_plain(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
+    """What safe_load(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
     try:
         config, tensors = translate_released(checkpoint)
     except (LookupError, AttributeError, TypeError, ValueError) as e:
@@ -619,7 +619,7 @@ LPIPS_FILE = (
     "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
 
 
-def published(flag, given, name, sha256, url, download=True):
+def find_weights(flag, given, name, sha256, url, download=True):
     """
     Path of published weights: the file that is `given` by --flag, or else torch hub's cached one, which is
     downloaded to there if it may be, its hash checked. None where it is not there and may not be.
@@ -658,9 +658,9 @@ class LPIPS(nn.Module):
     def __init__(self, vgg_weights="", lpips_weights=""):
         super().__init__()
         from torchvision.models import vgg16  # here, because nothing else needs it
-        vgg_weights = published("vgg_weights", vgg_weights, *VGG_FILE)
-        lpips_weights = published("lpips_weights", lpips_weights, *LPIPS_FILE)
-        vgg, lpips = read_plain(vgg_weights), read_plain(lpips_weights)
+        vgg_weights = find_weights("vgg_weights", vgg_weights, *VGG_FILE)
+        lpips_weights = find_weights("lpips_weights", lpips_weights, *LPIPS_FILE)
+        vgg, lpips = safe_load(vgg_weights), safe_load(lpips_weights)
         with torch.device("meta"):  # shapes alone, no random weights
             self.features = vgg16().features[:self.taps[-1] + 1]
         try:

@@ -103,9 +103,9 @@ class LinearAfter(torch.autograd.Function):
         leaves = [t.detach().requires_grad_() for t in (x, *params)]
         with torch.enable_grad():
             y = ctx.f(*leaves)
-        low = grad.dtype  # that of autocast, which the backward pass is outside of
-        rows, seen = grad.flatten(0, -2), y.detach().flatten(0, -2).to(low)
-        grad_x, *grad_params = torch.autograd.grad(y, leaves, (grad @ weight.to(low)).to(y.dtype))
+        amp_dtype = grad.dtype  # that of autocast, which the backward pass is outside of
+        rows, seen = grad.flatten(0, -2), y.detach().flatten(0, -2).to(amp_dtype)
+        grad_x, *grad_params = torch.autograd.grad(y, leaves, (grad @ weight.to(amp_dtype)).to(y.dtype))
         return None, grad_x, rows.t() @ seen, rows.sum(0) if ctx.biased else None, *grad_params
 
     @staticmethod
@@ -147,13 +147,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, at=None, mask=None):
+    def forward(self, x, cache=None, pos=None, mask=None):
         B, T, C = x.shape
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
         qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k, v = qkv
         if cache is not None:  # (2, B, nh, T_max, hs): keys and values of all positions so far
-            cache.index_copy_(3, at, qkv[1:])
+            cache.index_copy_(3, pos, qkv[1:])
         if mask is not None:
             k, v = cache[:, :, :, :mask.shape[-1]]
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
@@ -180,9 +180,9 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rows=None, cache=None, at=None, mask=None):
+    def forward(self, x, rows=None, cache=None, pos=None, mask=None):
         """(B, T, C) -> the same; with rows, of all B * T positions those alone: (len(rows), C)."""
-        x = x + self.attn(x, cache, at, mask)
+        x = x + self.attn(x, cache, pos, mask)
         if rows is not None:
             x = x.flatten(0, 1)[rows]
         return x + self.mlp(x)
@@ -206,13 +206,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             scores = F.linear(h[part], weight)  # (rows, V), in autocast's type
-            low, scores = scores.dtype, scores.float()
+            amp_dtype, scores = scores.dtype, scores.float()
             top = scores.logsumexp(1, keepdim=True)
             wanted = targets[part, None]
             nll[part] = (top - scores.gather(1, wanted))[:, 0]
             if with_gradient:  # of the scores: share * (softmax - one-hot)
                 grad = scores.sub_(top).exp_().scatter_add_(1, wanted, -torch.ones_like(top))
-                grad = grad.mul_((share[part] / scale)[:, None]).to(low)
+                grad = grad.mul_((share[part] / scale)[:, None]).to(amp_dtype)
                 grad_h[part] = grad @ weight
                 product = grad.t() @ h[part]
                 grad_weight = product.to(weight.dtype) if start == 0 else grad_weight.add_(product)
@@ -234,7 +234,7 @@ class BiART(nn.Module):
     Text is LongTensor (B, n_text), padded behind its end token; images LongTensor (B, n_image), row by row.
     A direction is named by what it generates: to="image" or to="text".
     """
-    replayed = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as a sharded model's do
+    use_cuda_graphs = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as a sharded model's do
 
     def __init__(self, config):
         super().__init__()
@@ -269,7 +269,7 @@ class BiART(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
 
-    def place(self, modality, segment):
+    def position_embedding(self, modality, segment):
         """Segment + position embeddings of one side of the sequence: (n, C)."""
         c = self.config
         if c.positions == "sequence":
@@ -286,7 +286,7 @@ class BiART(nn.Module):
         x = self.token[modality](tokens)
         if null is not None:
             x = torch.where(null[:, None, None], self.null[modality].to(x.dtype), x)
-        return x + self.place(modality, segment)[:tokens.shape[1]]
+        return x + self.position_embedding(modality, segment)[:tokens.shape[1]]
 
     def sequence(self, text, image, to, null=None):
         """The embedded layout of one direction: (B, n_text + n_image, C). null (B,) blanks REF sides."""
@@ -294,16 +294,16 @@ class BiART(nn.Module):
         ref = OTHER[to]
         return torch.cat([self.embed(sides[ref], ref, REF, null), self.embed(sides[to], to, GEN)], dim=1)
 
-    def trunk(self, x, rows=None, cache=None, at=None, mask=None):
+    def trunk(self, x, rows=None, cache=None, pos=None, mask=None):
         """
         (B, T, C) -> (B, T, C), before the final norm. With rows, LongTensor into all B * T positions, the
-        last block goes on with those alone, as where only some are needed: (len(rows), C). cache, at and
-        mask: see new_cache and advance.
+        last block goes on with those alone, as where only some are needed: (len(rows), C). cache, pos and
+        mask: see new_cache and decode_step.
         """
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
             last = i == len(self.blocks) - 1
-            x = block(x, rows if last else None, None if cache is None else cache[i], at, mask)
+            x = block(x, rows if last else None, None if cache is None else cache[i], pos, mask)
         return x
 
     def logits(self, h, modality):
@@ -375,7 +375,7 @@ class BiART(nn.Module):
             total.append(self.cross_entropy(h[:, :-1], wanted, to)[1])
         return -torch.cat(total), self.scored(targets, to).sum(1)
 
-    def judge(self, ref, candidates, to):
+    def score_candidates(self, ref, candidates, to):
         """
         What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
         log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
@@ -386,7 +386,7 @@ class BiART(nn.Module):
                      for way in (to, OTHER[to]))
 
     # -------------------------------------------------------------------------
-    # Generation: begin() reads the prompt, advance() adds a token, generate() and beam_search() choose it
+    # Generation: prefill() reads the prompt, decode_step() adds a token, generate() and beam_search() choose it
 
     def new_cache(self, batch, dtype):
         """Room for the keys and values of a whole sequence: (n_layer, 2, batch, n_head, T, head size)."""
@@ -394,7 +394,7 @@ class BiART(nn.Module):
         return torch.zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head,
                            dtype=dtype, device=self.segment.weight.device)
 
-    def begin(self, ref, to, n, prefix, guidance):
+    def prefill(self, ref, to, n, prefix, guidance):
         """
         ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> scores of the next one (B * n, V), and the
         cache. The prompt goes through once for each row of ref; its cache is then copied to that row's n
@@ -407,18 +407,18 @@ class BiART(nn.Module):
         B, T, _ = x.shape
         cache = self.new_cache(B, F.linear(x[0, :1], x[0, :1]).dtype)  # products' type, under autocast too
         h = self.trunk(x, positions(B, T, T - 1, x.device), cache, torch.arange(T, device=x.device))
-        return self.next_scores(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
+        return self.next_logits(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
 
-    def advance(self, x, at, limit, to, cache, guidance):
+    def decode_step(self, x, pos, kv_len, to, cache, guidance):
         """
-        The embedding x (rows, C) of a token that stands at position `at`, LongTensor (1,) -> scores of the
-        next (rows, V). Of the cache, positions below `limit` are looked at, and those up to `at` count.
+        The embedding x (rows, C) of a token that stands at position `pos`, LongTensor (1,) -> scores of the
+        next (rows, V). Of the cache, positions below `kv_len` are looked at, and those up to `pos` count.
         """
-        mask = (torch.arange(limit, device=x.device) <= at)[None]  # (1, limit)
+        mask = (torch.arange(kv_len, device=x.device) <= pos)[None]  # (1, kv_len)
         x = x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1)
-        return self.next_scores(self.trunk(x, None, cache, at, mask)[:, 0], to, guidance)
+        return self.next_logits(self.trunk(x, None, cache, pos, mask)[:, 0], to, guidance)
 
-    def next_scores(self, h, to, guidance):
+    def next_logits(self, h, to, guidance):
         logits = self.logits(h, to).float()
         if guidance != 1:
             logits, blank = logits.chunk(2)
@@ -453,23 +453,23 @@ class BiART(nn.Module):
         uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(s)))
                                for s in seeds])
         uniform = uniform.to(ref.device)
-        place = self.place(to, GEN)
+        place = self.position_embedding(to, GEN)
         done = torch.zeros(rows, dtype=torch.bool, device=ref.device)
-        logits, cache = self.begin(ref, to, n, prefix, guidance)
-        at = torch.tensor([start + given], device=ref.device)  # where the next token stands
+        logits, cache = self.prefill(ref, to, n, prefix, guidance)
+        pos = torch.tensor([start + given], device=ref.device)  # where the next token stands
 
-        def step(limit):
+        def step(kv_len):
             """In place and without a look at any value, so that a graph can replay it."""
-            token = sample(logits, uniform.index_select(1, at - start)[:, 0], temperature, top_k, top_p)
+            token = sample_token(logits, uniform.index_select(1, pos - start)[:, 0], temperature, top_k, top_p)
             if to == "text":
                 token = torch.where(done, c.pad_token, token)
                 done.logical_or_(token == c.end_token)
-            out.index_copy_(1, at - start, token[:, None])
-            x = self.token[to](token) + place.index_select(0, at - start)
-            logits.copy_(self.advance(x, at, limit, to, cache, guidance))
-            at.add_(1)
+            out.index_copy_(1, pos - start, token[:, None])
+            x = self.token[to](token) + place.index_select(0, pos - start)
+            logits.copy_(self.decode_step(x, pos, kv_len, to, cache, guidance))
+            pos.add_(1)
 
-        step = Replayed(step) if ref.is_cuda and self.replayed else step
+        step = Replayed(step) if ref.is_cuda and self.use_cuda_graphs else step
         for i in range(given, total):
             step(min(start + total, -(-(start + i + 1) // 128) * 128))  # every 128 tokens a longer look
             if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for this
@@ -496,8 +496,8 @@ class BiART(nn.Module):
         length, done = torch.zeros_like(log_p), torch.zeros_like(log_p, dtype=torch.bool)
         stay = log_p.new_full((c.text_vocab,), -torch.inf)  # how an ended beam goes on: padding, for certain
         stay[c.pad_token] = 0
-        place = self.place("text", GEN)
-        logits, cache = self.begin(image, "text", width, prefix, guidance)
+        place = self.position_embedding("text", GEN)
+        logits, cache = self.prefill(image, "text", width, prefix, guidance)
         for i in range(given, c.n_text):
             step = torch.where(done[..., None], stay, logits.log_softmax(-1).view(B, width, -1))
             total = log_p[..., None] + step  # (B, width, V)
@@ -516,36 +516,36 @@ class BiART(nn.Module):
             found = slice(c.n_image + given, c.n_image + i)  # only this differs between an image's beams
             cache[..., found, :] = cache[:, :, rows, :, found]
             x = self.token["text"](token.flatten()) + place[i]
-            at = torch.tensor([c.n_image + i], device=image.device)
-            logits = self.advance(x, at, c.n_image + i + 1, "text", cache, guidance)
+            pos = torch.tensor([c.n_image + i], device=image.device)
+            logits = self.decode_step(x, pos, c.n_image + i + 1, "text", cache, guidance)
 
 
 class Replayed:
     """
-    step(limit) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each
-    limit the first call runs as it is, which also warms up, and the second records. A device without graphs
+    step(kv_len) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each
+    kv_len the first call runs as it is, which also warms up, and the second records. A device without graphs
     is found out by trying.
     """
     def __init__(self, step):
         self.step, self.graphs, self.works = step, {}, True
 
-    def __call__(self, limit):
-        if limit not in self.graphs or not self.works:
-            self.graphs[limit] = None
-            return self.step(limit)
-        if self.graphs[limit] is None:
+    def __call__(self, kv_len):
+        if kv_len not in self.graphs or not self.works:
+            self.graphs[kv_len] = None
+            return self.step(kv_len)
+        if self.graphs[kv_len] is None:
             graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may go on
-                    self.step(limit)
+                    self.step(kv_len)
             except RuntimeError as e:  # nothing of the step has run yet
                 torch.cuda.set_stream(stream)
                 torch.cuda.synchronize()
                 warnings.warn(f"no CUDA graphs here, decoding goes kernel by kernel ({e})", stacklevel=2)
                 self.works = False
-                return self.step(limit)
-            self.graphs[limit] = graph
-        self.graphs[limit].replay()
+                return self.step(kv_len)
+            self.graphs[kv_len] = graph
+        self.graphs[kv_len].replay()
 
 
 def positions(B, T, first, device):
@@ -553,7 +553,7 @@ def positions(B, T, first, device):
     return torch.arange(B * T, device=device).view(B, T)[:, first:].flatten()
 
 
-def sample(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
+def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     """
     logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one
     random number a token, so that a sample depends on its own seed alone.

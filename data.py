@@ -62,17 +62,17 @@ class DataConfig:
 
 class Dataset:
     """
-    What all layouts have in common. image(i, least) may shrink an image, its shorter side not below least.
+    What all layouts have in common. image(i, min_side) may shrink an image, its shorter side not below min_side.
     """
     captioned = True  # whether captions(i) holds any
     shards = None  # where samples lie in few large files, to be read one by one: the first sample of each
 
-    def identity(self):
+    def fingerprint(self):
         """A short hash of which samples these are: of names and captions, not of the contents of images."""
         raise NotImplementedError
 
 
-def digest(*parts):
+def fingerprint(*parts):
     """Arrays and plain values -> a short hash."""
     h = hashlib.sha256()
     for part in parts:
@@ -178,10 +178,10 @@ class Scenes(Dataset):
                    for sign, (dx, dy) in ((1, RELATIONS[relation]), (-1, RELATIONS[relation]))]
         return first, second, relation, centres, paraphrases(first, second, relation, rng)
 
-    def identity(self):
-        return digest("scenes", self.split, self.n)
+    def fingerprint(self):
+        return fingerprint("scenes", self.split, self.n)
 
-    def image(self, i, least=0):
+    def image(self, i, min_side=0):
         first, second, _, centres, _ = self.scene(i)
         return draw_things((first, second), centres)
 
@@ -316,7 +316,7 @@ class Faults:
                           + (f": {self.log} names them" if self.log else ""))
 
 
-def count_faults(log):
+def count_read_errors(log):
     """How many different sentences a log of Faults holds."""
     if not os.path.exists(log):
         return 0
@@ -338,17 +338,17 @@ def upright(image):
     return image if turn is None else image.transpose(turn)
 
 
-def load_image(file, least=0, name=None):
+def load_image(file, min_side=0, name=None):
     """
     Any file that Pillow reads (a path, or an open file and its name) -> PIL image in RGB, upright by its EXIF
     tag, transparency laid over white, 16-bit grey scaled to 8. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    size where its shorter side stays at `least` pixels or more; 0 keeps its size.
+    size where its shorter side stays at `min_side` pixels or more; 0 keeps its size.
     Raises Unreadable where it is no whole image, or has more pixels than twice Pillow's MAX_IMAGE_PIXELS.
     """
     try:
         with Image.open(file) as image:
-            if least:
-                image.draft("RGB", (least, least))
+            if min_side:
+                image.draft("RGB", (min_side, min_side))
             image.load()
             image = upright(image)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
@@ -390,7 +390,7 @@ def list_lines(path):
 
 
 @contextlib.contextmanager
-def written(path, aside=None, part=None):
+def atomic_write(path, aside=None, part=None):
     """
     Open a file for writing that appears under its name when all is written and on disk, or not at all.
     `aside` is the name that the present file at path, if it is to be kept, takes at the last moment; `part`
@@ -453,11 +453,11 @@ class Files(Dataset):
     def __len__(self):
         return len(self.paths)
 
-    def identity(self):
-        return digest(self.paths.block, self.paths.ends, self.texts.block, self.texts.ends, self.first)
+    def fingerprint(self):
+        return fingerprint(self.paths.block, self.paths.ends, self.texts.block, self.texts.ends, self.first)
 
-    def image(self, i, least=0):
-        return load_image(os.path.join(self.root, self.paths[i]), least)
+    def image(self, i, min_side=0):
+        return load_image(os.path.join(self.root, self.paths[i]), min_side)
 
     def captions(self, i):
         return [self.texts[j] for j in range(self.first[i], self.first[i + 1])] if self.captioned else []
@@ -592,10 +592,10 @@ class Fake(Dataset):
     def __len__(self):
         return self.n
 
-    def identity(self):
-        return digest("fake", self.split, self.n, self.size)
+    def fingerprint(self):
+        return fingerprint("fake", self.split, self.n, self.size)
 
-    def image(self, i, least=0):
+    def image(self, i, min_side=0):
         rng = np.random.RandomState(zlib.crc32(f"{self.split} {i}".encode()))
         return Image.fromarray(np.frombuffer(rng.bytes(3 * self.size[0] * self.size[1]), np.uint8)
                                .reshape(self.size[1], self.size[0], 3))
@@ -689,7 +689,7 @@ def read_index(path, index_dir):
     except OSError as e:  # which may pass, and so is not kept
         return np.zeros(0, MEMBER), f"tar shard {path} cannot be read ({e.strerror})"
     try:
-        with written(kept) as f:
+        with atomic_write(kept) as f:
             np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
     except OSError as e:
         raise OSError(f"the index {e}; --index_dir names another folder for it") from None
@@ -738,8 +738,8 @@ class Tar(Dataset):
     def __len__(self):
         return len(self.samples)
 
-    def identity(self):
-        return digest([os.path.basename(path) for path in self.paths], self.shards, self.samples)
+    def fingerprint(self):
+        return fingerprint([os.path.basename(path) for path in self.paths], self.shards, self.samples)
 
     def read(self, i, kind):
         """-> bytes of the image or text of sample i, and what to call it."""
@@ -752,9 +752,9 @@ class Tar(Dataset):
             raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
         return content, f"{path}: {name.rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
-    def image(self, i, least=0):
+    def image(self, i, min_side=0):
         content, name = self.read(i, "image")
-        return load_image(io.BytesIO(content), least, name)
+        return load_image(io.BytesIO(content), min_side, name)
 
     def captions(self, i):
         return caption_lines(*self.read(i, "text")) if self.captioned else []
@@ -762,7 +762,7 @@ class Tar(Dataset):
 
 # -----------------------------------------------------------------------------
 
-class Part(Dataset):
+class Subset(Dataset):
     """Some items of a data set, as a data set."""
 
     def __init__(self, dataset, indices):
@@ -771,17 +771,17 @@ class Part(Dataset):
     def __len__(self):
         return len(self.indices)
 
-    def identity(self):
-        return digest(self.dataset.identity(), self.indices)
+    def fingerprint(self):
+        return fingerprint(self.dataset.fingerprint(), self.indices)
 
-    def image(self, i, least=0):
-        return self.dataset.image(self.indices[i], least)
+    def image(self, i, min_side=0):
+        return self.dataset.image(self.indices[i], min_side)
 
     def captions(self, i):
         return self.dataset.captions(self.indices[i])
 
 
-def spread(dataset, count, log=""):
+def validation_subset(dataset, count, log=""):
     """
     `count` items (all, if fewer) spread at random over what can be read, the same each time: for validation.
     """
@@ -792,7 +792,7 @@ def spread(dataset, count, log=""):
         if faults.attempt(lambda i=i: (dataset.captions(i), dataset.image(i, 64))):
             items.append(i)
         faults.check(len(dataset))
-    return Part(dataset, items)
+    return Subset(dataset, items)
 
 
 def all_captions(dataset, log=""):
@@ -849,7 +849,7 @@ def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
     return pixels.float().div_(127.5).sub_(1)
 
 
-def least_side(size, scale):
+def min_crop_side(size, scale):
     """The shorter side, in pixels, of the image whose smallest crop has side `size`. See crop_to_tensor."""
     if not 0 < scale <= 1:
         raise ValueError(f"--crop_scale {scale} is not above 0 and at most 1")
@@ -863,19 +863,19 @@ class Pixels:
         if crop_of not in ("square", "picture"):
             raise ValueError(f"--crop_of {crop_of!r} is none of: square, picture")
         self.dataset, self.size, self.shards = dataset, size, dataset.shards
-        self.crop_scale, self.crop_of, self.least = crop_scale, crop_of, least_side(size, crop_scale)
+        self.crop_scale, self.crop_of, self.min_side = crop_scale, crop_of, min_crop_side(size, crop_scale)
 
     def __len__(self):
         return len(self.dataset)
 
     def item(self, i, rng):
-        image = self.dataset.image(i, self.least)
+        image = self.dataset.image(i, self.min_side)
         return (crop_to_tensor(image, self.size, self.crop_scale, rng, self.crop_of),)
 
 
 class Tokens:
     """
-    A whole data set as tokens, for BiART, as encode_tokens() left it in a folder: codes.npy uint16 (N, crops,
+    A whole data set as tokens, for BiART, as build_token_cache() left it in a folder: codes.npy uint16 (N, crops,
     n_image), texts.npy uint16 (n_captions, n_text) and first.npy, where the captions of image i are
     texts[first[i]:first[i + 1]]. The files are mapped, not read: all processes of a machine share one copy,
     of which only what is used is in memory.
@@ -907,7 +907,7 @@ class Tokens:
 # -----------------------------------------------------------------------------
 # The token cache
 
-class Encodable(torch.utils.data.Dataset):
+class TokenCacheSource(torch.utils.data.Dataset):
     """
     A captioned data set on its way to tokens: [i] -> (crops (n, 3, size, size), text ids of every caption,
     how many of them had to be cut), or None where it cannot be read. One crop is the centre square; of
@@ -921,11 +921,11 @@ class Encodable(torch.utils.data.Dataset):
             raise ValueError(f"--cache_crops {crops} is less than 1")
         self.dataset, self.tokenizer, self.n_text, self.size = dataset, tokenizer, n_text, size
         self.crops, self.scale = crops, scale if crops > 1 else 1.0
-        self.least = least_side(size, self.scale)
+        self.min_side = min_crop_side(size, self.scale)
         self.workers, self.faults = workers, Faults(log, workers)
 
     def key(self):
-        return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.identity(),
+        return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.fingerprint(),
                 "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} text tokens"}
 
     def __len__(self):
@@ -936,20 +936,20 @@ class Encodable(torch.utils.data.Dataset):
 
     def read(self, i):
         texts = [self.tokenizer.encode_padded(text, self.n_text) for text in self.dataset.captions(i)]
-        image = self.dataset.image(i, self.least)
+        image = self.dataset.image(i, self.min_side)
         crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
                  for n in range(self.crops)]
         return torch.stack(crops), [ids for ids, _ in texts], sum(cut for _, cut in texts)
 
 
-def same(x):
+def identity_collate(x):
     return x
 
 
-def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=same, batch_size=64):
+def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, add=identity_collate, batch_size=64):
     """
     Encode a data set once, into files that Tokens() maps; -> the folder.
-    source: an Encodable. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of
+    source: a TokenCacheSource. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of
     what else the codes depend on. add: adds a tensor up over all ranks, and so lets them wait for each other.
     Ranks share the work, in parts, each a file that is whole or not there, so that a run that was stopped
     goes on where it was, with as many ranks as it likes; then the parts are joined. What cannot be read is
@@ -963,7 +963,7 @@ def encode_tokens(source, encode, folder, key, own=False, rank=0, world=1, add=s
             shutil.rmtree(folder)
         os.makedirs(folder, exist_ok=True)
         if not os.path.exists(described):
-            with written(described) as f:
+            with atomic_write(described) as f:
                 f.write(json.dumps(key).encode())
     add(torch.zeros(1))
     differ = [name for name, value in key.items() if read_key(described).get(name) != value]
@@ -1001,7 +1001,7 @@ def encode_parts(source, encode, parts, batch_size, rank):
     batches = [(path, rows[i:i + batch_size], i + batch_size >= len(rows))
                for path, rows in parts for i in range(0, len(rows), batch_size)]
     loader = torch.utils.data.DataLoader(
-        source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=same, num_workers=source.workers,
+        source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=identity_collate, num_workers=source.workers,
         generator=torch.Generator())
     total, done, began, shown = sum(len(rows) for _, rows in parts), 0, time.time(), time.time()
     codes, texts, counts, cut = [], [], [], 0
@@ -1019,7 +1019,7 @@ def encode_parts(source, encode, parts, batch_size, rank):
                 counts.append(len(ids))
                 cut += n_cut
         if last:
-            with written(path) as f:
+            with atomic_write(path) as f:
                 np.savez(f, codes=np.concatenate(codes) if codes else np.zeros(0, np.uint16),
                          texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64),
                          cut=np.array(cut))
@@ -1052,7 +1052,7 @@ def join_parts(folder, parts):
                 row += len(part[name])
         joined.flush()
         os.replace(f"{whole_file}.part", whole_file)
-    with written(os.path.join(folder, "first.npy")) as f:
+    with atomic_write(os.path.join(folder, "first.npy")) as f:
         np.save(f, np.cumsum([0, *np.concatenate([counts for *_, counts in held])]))
     for path in parts:
         os.remove(path)
@@ -1064,7 +1064,7 @@ def join_parts(folder, parts):
 # -----------------------------------------------------------------------------
 # Order
 
-class Order:
+class ResumableBatchSampler:
     """
     Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation
     of the data, cut into global batches of world * batch_size of which every rank takes its own stretch.
@@ -1135,11 +1135,11 @@ def stack(samples):
 
 def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0, buffer=4096, log=""):
     """
-    An endless iterator over batches of a view, each a list of stacked tensors: see Order for what comes when,
+    An endless iterator over batches of a view, each a list of stacked tensors: see ResumableBatchSampler for what comes when,
     Placed for samples that cannot be read. Raises OSError where most cannot: see Faults.check().
     """
     faults = Faults(log, workers)
-    order = Order(len(view), batch_size, seed, start, rank, world, view.shards, buffer)
+    order = ResumableBatchSampler(len(view), batch_size, seed, start, rank, world, view.shards, buffer)
     loader = torch.utils.data.DataLoader(Placed(view, seed, faults), batch_sampler=order, num_workers=workers,
                                          collate_fn=stack, pin_memory=torch.cuda.is_available(),
                                          generator=torch.Generator())  # leaves the global one as it is

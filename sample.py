@@ -46,7 +46,7 @@ from augvae import AugVAE, AugVAEConfig, codebook_use
 from biart import BiART, BiARTConfig
 from data import DataConfig
 from tokenizer import Tokenizer
-from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, restore
+from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, build_model
 
 
 @dataclass
@@ -143,7 +143,7 @@ class Run:
         if config.vae:
             vae = load_augvae(config.vae)
         else:
-            vae = restore(AugVAE, AugVAEConfig,
+            vae = build_model(AugVAE, AugVAEConfig,
                           load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl"))
         self.vae = vae.to(self.context.device)
         self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
@@ -163,7 +163,7 @@ class Run:
             if checkpoint[name] != print_:
                 where = self.config.vae if name == "augvae" and self.config.vae else self.config.out_dir
                 raise ValueError(f"{path} was trained with another {name} than the one in {where}")
-        self.biart = restore(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
+        self.biart = build_model(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
         return self
 
     def encode(self, images):
@@ -212,7 +212,7 @@ class Run:
                 tokens = self.biart.generate(ref, to, count, prefix, c.temperature, c.top_k, c.top_p,
                                              c.guidance, [seed for row in seeds for seed in row])
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])
-            forward, reverse = (x.tolist() for x in self.biart.judge(ref, tokens, to))
+            forward, reverse = (x.tolist() for x in self.biart.score_candidates(ref, tokens, to))
         found = []
         for i, row in enumerate(seeds):
             found.append([{"tokens": tokens[i, j], "order": j,
@@ -480,7 +480,7 @@ class FIDInception(nn.Module):
         from torchvision.models import inception_v3  # here, because nothing else needs it
         net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
         try:
-            net.load_state_dict(augvae.read_plain(path))
+            net.load_state_dict(augvae.safe_load(path))
         except (RuntimeError, TypeError):  # other names, shapes or things
             raise ValueError(f"{path} does not hold FID's Inception, {FID_FILE[0]}") from None
         for name, block in list(net.named_children()):
@@ -619,9 +619,9 @@ def caption_scores(said, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def find_weights(run, flag, file):
+def metric_weights(run, flag, file):
     """Path of weights: named by --flag, cached or, with --download, fetched; else None, and says so."""
-    path = augvae.published(flag, getattr(run.config, flag), *file, run.config.download)
+    path = augvae.find_weights(flag, getattr(run.config, flag), *file, run.config.download)
     if not path:
         print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
               "what needs it is left out")
@@ -630,13 +630,13 @@ def find_weights(run, flag, file):
 
 def find_inception(run):
     """FIDInception, or None where its weights are not at hand."""
-    path = find_weights(run, "fid_weights", FID_FILE)
+    path = metric_weights(run, "fid_weights", FID_FILE)
     return path and FIDInception(path).to(run.context.device)
 
 
 def find_lpips(run):
     """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    paths = [find_weights(run, flag, file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
+    paths = [metric_weights(run, flag, file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
                                                               ("lpips_weights", augvae.LPIPS_FILE))]
     return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None
 
@@ -838,13 +838,13 @@ def bench(config, rounds=3):
         """Of painting all tokens, or the last `left`."""
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
-        times = [context.seconds(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
+        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
                  for _ in range(rounds + 1)]
         return statistics.median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
     memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
-    bandwidth = memory.nbytes / min(context.seconds(memory.sum) for _ in range(5))  # bytes/s of reading
+    bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
     measured = {"tokens_per_s": {}, "share_of_floor": {}}
     for batch in (1, 8):
         taken = seconds(short, batch)
@@ -863,7 +863,7 @@ def bench(config, rounds=3):
                   "a whole image of 1024 tokens takes {image_s:.1f} s; "
                   "a token at its end takes {growth:.2f} times as long".format(**measured), flush=True)
     return {**measured, "median_s": 256 / measured["tokens_per_s"]["1"],
-            "peak_gb": context.peak_gb() - before, "device": context.name(),
+            "peak_gb": context.peak_gb() - before, "device": context.device_name(),
             "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
 
 
@@ -895,12 +895,12 @@ def main(argv):
             raise ValueError(f"--data {data_config.data} has no captions to paint: name captioned data")
         if config.eval:
             heldout = data.open_data(data_config, "heldout") if data_config.data == "scenes" else None
-            some = [data.spread(part, config.eval_items) if part else None for part in (val, heldout)]
+            some = [data.validation_subset(part, config.eval_items) if part else None for part in (val, heldout)]
             scores = {name: round(value, 4) for name, value in score(run, *some).items()}
             with open(os.path.join(run.save_dir, "scores.json"), "w", encoding="utf-8") as f:
                 json.dump({"settings": dataclasses.asdict(config), "scores": scores}, f, indent=1)
         else:
-            show_both_ways(run, data.spread(val, config.n))
+            show_both_ways(run, data.validation_subset(val, config.n))
     if config.html:
         write_page(run)
     if scores:

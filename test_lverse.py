@@ -46,7 +46,7 @@ import sample as sample_module
 import tokenizer as tokenizer_module
 import train
 from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, Upsample, codebook_use
-from biart import BiART, BiARTConfig, sample
+from biart import BiART, BiARTConfig, sample_token
 from data import DataConfig
 from tokenizer import Tokenizer
 
@@ -643,11 +643,11 @@ def test_every_layout(kind, tmp_path):
         assert dataset.captions(i) == ([f"red {found[-1]}", f"blue {found[-1]}"] if dataset.captioned else [])
     assert sorted(found) == [0, 1, 2, 3]
     assert dataset.captioned == (settings["data"] not in data.UNCAPTIONED)
-    assert dataset.identity() == data.open_data(DataConfig(**settings), "train").identity()
+    assert dataset.fingerprint() == data.open_data(DataConfig(**settings), "train").fingerprint()
     assert len(pickle.loads(pickle.dumps(dataset))) == 4
     if kind == "karpathy":
         val = data.open_data(DataConfig(**settings), "val")
-        assert len(val) == 1 and val.identity() != dataset.identity()
+        assert len(val) == 1 and val.fingerprint() != dataset.fingerprint()
     with pytest.raises(ValueError, match=f"--data {settings['data']} needs --train_dir"):
         data.open_data(DataConfig(data=settings["data"]), "train")
     with pytest.raises(ValueError, match="there is no .*absent"):
@@ -793,7 +793,7 @@ def test_broken_tar_shards(tmp_path, monkeypatch):
         assert len(dataset) == 6 + 2 + 3 + 4
         assert all(dataset.image(i).size == (64, 64) and dataset.captions(i) == ["text"]
                    for i in range(len(dataset)))
-    assert data.count_faults(log) == 5
+    assert data.count_read_errors(log) == 5
     for name, message in zip(names[1:], ["is cut"] * 2 + ["not a tar shard", "is cut", "not a tar shard"]):
         assert [line for line in log.read_text().splitlines() if f"{name}.tar" in line
                 and message in line], name
@@ -879,7 +879,7 @@ def test_order_covers_every_sample_once_and_resumes():
     for world in (1, 2, 3):
         steps = 12
         places, indices = [], []
-        streams = [iter(data.Order(n, batch, 5, 0, rank, world)) for rank in range(world)]
+        streams = [iter(data.ResumableBatchSampler(n, batch, 5, 0, rank, world)) for rank in range(world)]
         for _ in range(steps):
             for stream in streams:
                 for index, place in next(stream):
@@ -890,21 +890,21 @@ def test_order_covers_every_sample_once_and_resumes():
             assert sorted(indices[epoch * n:(epoch + 1) * n]) == list(range(n))
         for other in (1, 2, 3):  # what one number of ranks began, another goes on with
             begun = 7 * batch * world
-            late = [iter(data.Order(n, batch, 5, begun, rank, other)) for rank in range(other)]
+            late = [iter(data.ResumableBatchSampler(n, batch, 5, begun, rank, other)) for rank in range(other)]
             after = [place for _ in range(5) for stream in late for _, place in next(stream)]
             assert after == list(range(begun, begun + 5 * batch * other))
-            assert next(iter(data.Order(n, 1, 5, begun))) == [(indices[begun], begun)]
+            assert next(iter(data.ResumableBatchSampler(n, 1, 5, begun))) == [(indices[begun], begun)]
         # the ranks' batches side by side are the batch of one rank with a batch as large as all of them
-        whole = next(iter(data.Order(n, batch * world, 5, 3, 0, 1)))
+        whole = next(iter(data.ResumableBatchSampler(n, batch * world, 5, 3, 0, 1)))
         assert whole == [key for rank in range(world)
-                         for key in next(iter(data.Order(n, batch, 5, 3, rank, world)))]
+                         for key in next(iter(data.ResumableBatchSampler(n, batch, 5, 3, rank, world)))]
 
 
 def test_shards_are_read_front_to_back_each_by_one_rank():
     starts, n, world, buffer = np.arange(0, 1200, 100), 1200, 3, 20
     order = [[] for _ in range(world)]
     for rank in range(world):
-        stream = iter(data.Order(n, 8, 1, 0, rank, world, starts, buffer))
+        stream = iter(data.ResumableBatchSampler(n, 8, 1, 0, rank, world, starts, buffer))
         order[rank] = [i for _ in range(n // world // 8) for i, _ in next(stream)]
     # split where ranks meet
     assert sum(len({i // 100 for i in mine}) for mine in order) <= 12 + 2 * (world - 1)
@@ -915,7 +915,7 @@ def test_shards_are_read_front_to_back_each_by_one_rank():
             assert len(numbers) < 50 or list(numbers) != sorted(numbers)
             # a sample has moved by what the buffer holds, and as many others at most have moved past it
             assert np.abs(np.argsort(numbers) - np.arange(len(numbers))).max() <= buffer
-    firsts = [data.Order(n, 8, shards=starts, buffer=buffer).permutation(epoch)[0] // 100
+    firsts = [data.ResumableBatchSampler(n, 8, shards=starts, buffer=buffer).permutation(epoch)[0] // 100
               for epoch in range(5)]
     assert len(set(firsts)) > 1
 
@@ -942,7 +942,7 @@ def test_bad_samples_are_replaced_noted_and_counted(tmp_path):
         log = tmp_path / f"{workers}.log"
         found.append(drawn(Numbers(23, bad=bad), 12, 4, workers=workers, log=str(log)))
         assert set(log.read_text().splitlines()) == {f"number {i} is bad" for i in bad}
-        assert data.count_faults(log) == 3
+        assert data.count_read_errors(log) == 3
     assert found[0] == found[1] == found[2]
     for i, j in zip(whole[0], found[0][0]):
         assert j not in bad and (i == j or i in bad)
@@ -967,13 +967,13 @@ def test_validation_items_can_be_read(tmp_path):
     (folder / "3.png").write_bytes(b"")
     (folder / "5.png").unlink()
     dataset = data.read_coco(str(folder), str(path), "val")
-    some = data.spread(dataset, 4, str(tmp_path / "log"))
-    assert len(some) == 4 and len(data.spread(dataset, 100)) == 6 and data.count_faults(tmp_path / "log") <= 2
-    assert [some.captions(i) for i in range(4)] == [data.spread(dataset, 4).captions(i) for i in range(4)]
+    some = data.validation_subset(dataset, 4, str(tmp_path / "log"))
+    assert len(some) == 4 and len(data.validation_subset(dataset, 100)) == 6 and data.count_read_errors(tmp_path / "log") <= 2
+    assert [some.captions(i) for i in range(4)] == [data.validation_subset(dataset, 4).captions(i) for i in range(4)]
     for i in range(5):
         (folder / f"{i}.png").write_bytes(b"")
     with pytest.raises(OSError, match="could not be read"):
-        data.spread(dataset, 4)
+        data.validation_subset(dataset, 4)
 
 
 def brightness(images):
@@ -983,7 +983,7 @@ def brightness(images):
 
 def encodable(tmp_path, n=40, **options):
     """
-    A data set in pairs, of which image 3 is broken, and caption file 7; a tokenizer; both as an Encodable.
+    A data set in pairs, of which image 3 is broken, and caption file 7; a tokenizer; both as a TokenCacheSource.
     """
     if not (tmp_path / "pairs").exists():
         for i in range(n):
@@ -993,16 +993,16 @@ def encodable(tmp_path, n=40, **options):
         (tmp_path / "pairs" / "03.png").write_bytes(b"no image")
         (tmp_path / "pairs" / "07.txt").write_bytes(b"\xff")
     dataset, tok = data.Pairs(str(tmp_path / "pairs")), Tokenizer.train(["caption 1 2 3"] * 4, 270)
-    return data.Encodable(dataset, tok, 12, 64, log=str(tmp_path / "log"), **options), dataset, tok
+    return data.TokenCacheSource(dataset, tok, 12, 64, log=str(tmp_path / "log"), **options), dataset, tok
 
 
 def test_token_cache_equals_encoding_one_by_one(tmp_path):
     source, dataset, tok = encodable(tmp_path)
-    tokens = data.Tokens(data.encode_tokens(source, brightness, str(tmp_path / "out"), {}, batch_size=7),
+    tokens = data.Tokens(data.build_token_cache(source, brightness, str(tmp_path / "out"), {}, batch_size=7),
                          null_prob=0.5)
     kept = [i for i in range(40) if i not in (3, 7)]
     assert len(tokens) == 38 and tokens.codes.dtype == tokens.texts.dtype == np.uint16
-    assert isinstance(tokens.codes, np.memmap) and data.count_faults(tmp_path / "log") == 2
+    assert isinstance(tokens.codes, np.memmap) and data.count_read_errors(tmp_path / "log") == 2
     for row, i in enumerate(kept):
         expected = brightness(data.crop_to_tensor(dataset.image(i), 64)[None])[0]
         texts = {tuple(tok.encode_padded(text, 12)[0]) for text in dataset.captions(i)}
@@ -1015,7 +1015,7 @@ def test_token_cache_equals_encoding_one_by_one(tmp_path):
     assert all(torch.equal(x, y) for x, y in zip(a, b)) and len(pickle.dumps(tokens)) < 1000
 
     several, dataset, _ = encodable(tmp_path, crops=3, scale=0.5, workers=1)
-    tokens = data.Tokens(data.encode_tokens(several, brightness, str(tmp_path / "crops"), {}))
+    tokens = data.Tokens(data.build_token_cache(several, brightness, str(tmp_path / "crops"), {}))
     assert tokens.codes.shape == (38, 3, 4) and (tokens.codes[:, 0] != tokens.codes[:, 1]).any()
     assert len({tuple(tokens.item(0, random.Random(k))[1].tolist()) for k in range(60)}) == 3
     crop = data.crop_to_tensor(dataset.image(5), 64, 0.5, random.Random("5 2"))
@@ -1025,7 +1025,7 @@ def test_token_cache_equals_encoding_one_by_one(tmp_path):
 @pytest.mark.parametrize("world", [2, 3])
 def test_ranks_share_a_token_cache(tmp_path, world):
     source, *_ = encodable(tmp_path)
-    alone = data.encode_tokens(source, brightness, str(tmp_path / "alone"), {})
+    alone = data.build_token_cache(source, brightness, str(tmp_path / "alone"), {})
     barrier, sums, encoded = threading.Barrier(world, timeout=60), [], [0] * world
 
     def work(rank):
@@ -1039,7 +1039,7 @@ def test_ranks_share_a_token_cache(tmp_path, world):
         def encode(images):
             encoded[rank] += len(images)
             return brightness(images)
-        data.encode_tokens(encodable(tmp_path)[0], encode, str(tmp_path / "out"), {}, False, rank, world, add)
+        data.build_token_cache(encodable(tmp_path)[0], encode, str(tmp_path / "out"), {}, False, rank, world, add)
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(world)]
     for thread in threads:
         thread.start()
@@ -1053,7 +1053,7 @@ def test_ranks_share_a_token_cache(tmp_path, world):
 
 def test_a_token_cache_goes_on_after_a_kill_and_refuses_what_does_not_match(tmp_path):
     source, dataset, tok = encodable(tmp_path)
-    data.encode_tokens(source, brightness, str(tmp_path / "whole"), {"augvae": "a"}, batch_size=4)
+    data.build_token_cache(source, brightness, str(tmp_path / "whole"), {"augvae": "a"}, batch_size=4)
     calls, out = [], str(tmp_path / "out")
 
     def killed(images):
@@ -1062,48 +1062,48 @@ def test_a_token_cache_goes_on_after_a_kill_and_refuses_what_does_not_match(tmp_
             raise KeyboardInterrupt
         return brightness(images)
     with pytest.raises(KeyboardInterrupt):
-        data.encode_tokens(source, killed, out, {"augvae": "a"}, batch_size=4)
+        data.build_token_cache(source, killed, out, {"augvae": "a"}, batch_size=4)
     assert sorted(os.listdir(out)) == ["key.json", "part_000000.npz"]  # of 16 images; the next was under way
-    data.encode_tokens(source, killed, out, {"augvae": "a"}, batch_size=4)
+    data.build_token_cache(source, killed, out, {"augvae": "a"}, batch_size=4)
     assert sum(calls[7:]) == 40 - 16  # of which none is bad
     for name in ("codes.npy", "texts.npy", "first.npy"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     before = len(calls)
-    data.encode_tokens(source, killed, out, {"augvae": "a"})
+    data.build_token_cache(source, killed, out, {"augvae": "a"})
     assert len(calls) == before
 
     others = {"augvae": (source, {"augvae": "b"}),
-              "tokenizer": (data.Encodable(dataset, Tokenizer.train(["text"], 258), 12, 64), {"augvae": "a"}),
-              "data": (data.Encodable(data.Part(dataset, range(30)), tok, 12, 64), {"augvae": "a"}),
-              "transforms": (data.Encodable(dataset, tok, 12, 64, crops=2, scale=0.5), {"augvae": "a"})}
+              "tokenizer": (data.TokenCacheSource(dataset, Tokenizer.train(["text"], 258), 12, 64), {"augvae": "a"}),
+              "data": (data.TokenCacheSource(data.Subset(dataset, range(30)), tok, 12, 64), {"augvae": "a"}),
+              "transforms": (data.TokenCacheSource(dataset, tok, 12, 64, crops=2, scale=0.5), {"augvae": "a"})}
     for name, (other, key) in others.items():
         with pytest.raises(ValueError,
                            match=f"{out} holds tokens of another {name}: remove it, or name another folder"):
-            data.encode_tokens(other, killed, out, key)
+            data.build_token_cache(other, killed, out, key)
     assert len(calls) == before
-    data.encode_tokens(others["data"][0], killed, out, {"augvae": "b"}, own=True)
+    data.build_token_cache(others["data"][0], killed, out, {"augvae": "b"}, own=True)
     assert len(data.Tokens(out)) == 28
     (tmp_path / "out" / "key.json").write_text("{")
     with pytest.raises(ValueError, match="key.json does not describe a token cache"):
-        data.encode_tokens(source, killed, out, {"augvae": "a"})
+        data.build_token_cache(source, killed, out, {"augvae": "a"})
 
 
 def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path):
     source, dataset, tok = encodable(tmp_path)
     with pytest.raises(ValueError, match="codes below 65536, not 70000"):
-        data.encode_tokens(source, lambda x: torch.full((len(x), 4), 70000), str(tmp_path / "out"), {})
+        data.build_token_cache(source, lambda x: torch.full((len(x), 4), 70000), str(tmp_path / "out"), {})
     with pytest.raises(ValueError, match="cache_crops 0"):
-        data.Encodable(dataset, tok, 12, 64, crops=0)
+        data.TokenCacheSource(dataset, tok, 12, 64, crops=0)
 
     class Huge(Tokenizer):
         def __len__(self):
             return 65537
     with pytest.raises(ValueError, match="65,537 tokens"):
-        data.Encodable(dataset, Huge(tok.kind, tok.merges), 12, 64)
+        data.TokenCacheSource(dataset, Huge(tok.kind, tok.merges), 12, 64)
     for i in range(30):
         (tmp_path / "pairs" / f"{i:02d}.png").write_bytes(b"")
     with pytest.raises(OSError, match="samples could not be read"):
-        data.encode_tokens(encodable(tmp_path)[0], brightness, str(tmp_path / "bad"), {})
+        data.build_token_cache(encodable(tmp_path)[0], brightness, str(tmp_path / "bad"), {})
 
 
 def test_contact_sheet_has_room_for_everything():
@@ -1674,10 +1674,10 @@ def test_weights_of_lpips_come_from_a_file_the_cache_or_a_checked_download(tmp_p
     content = (tmp_path / "lpips.pth").read_bytes()
     url = (tmp_path / "lpips.pth").as_uri()
     with pytest.raises(OSError, match="hash"):
-        augvae.published("lpips_weights", "", "other.pth", "0" * 64, url)
+        augvae.find_weights("lpips_weights", "", "other.pth", "0" * 64, url)
     assert sorted(os.listdir(cache)) == sorted([augvae.VGG_FILE[0], augvae.LPIPS_FILE[0]])
     digest = hashlib.sha256(content).hexdigest()
-    with open(augvae.published("lpips_weights", "", "other.pth", digest, url), "rb") as f:
+    with open(augvae.find_weights("lpips_weights", "", "other.pth", digest, url), "rb") as f:
         assert f.read() == content
     for given, message in (((weights, weights), "not torchvision's VGG-16"),
                            ((vgg, vgg), "lin0.model.1.weight")):
@@ -1804,13 +1804,13 @@ def test_layouts_segments_and_positions():
     # a token keeps its position on whichever side it stands; only the segment changes
     assert torch.allclose(t2i[:, :6] - segment[0], i2t[:, 9:] - segment[1], atol=1e-6)
     assert torch.allclose(t2i[:, 6:] - segment[1], i2t[:, :9] - segment[0], atol=1e-6)
-    place = model.place("image", 1)
+    place = model.position_embedding("image", 1)
     expected = model.row_position.weight[1] + model.column_position.weight[2] + segment[1]
     assert torch.allclose(place[5], expected)
     absolute = biart(positions="sequence")
     position, segment = absolute.position.weight, absolute.segment.weight
-    assert torch.allclose(absolute.place("image", 1)[0], position[6] + segment[1])
-    assert torch.allclose(absolute.place("image", 0)[0], position[0] + segment[0])
+    assert torch.allclose(absolute.position_embedding("image", 1)[0], position[6] + segment[1])
+    assert torch.allclose(absolute.position_embedding("image", 0)[0], position[0] + segment[0])
 
 
 def test_merged_forward_is_the_two_directions():
@@ -1883,7 +1883,7 @@ def uncached(model, ref, to, length, seed, given=(), temperature=1.0, top_k=0, t
         logits = scores[1] + guidance * (scores[0] - scores[1])
         if to == "text":
             logits[:, 19] = -torch.inf
-        tokens.append(sample(logits, uniform[len(tokens)][None], temperature, top_k, top_p).item())
+        tokens.append(sample_token(logits, uniform[len(tokens)][None], temperature, top_k, top_p).item())
         if to == "text" and tokens[-1] == 18:
             tokens += [19] * (length - len(tokens))
     return tokens
@@ -1965,7 +1965,7 @@ def test_sampling_distribution():
     uniform = (torch.arange(20000) + 0.5) / 20000
 
     def shares(**options):
-        return torch.bincount(sample(logits.repeat(20000, 1), uniform, **options), minlength=5) / 20000
+        return torch.bincount(sample_token(logits.repeat(20000, 1), uniform, **options), minlength=5) / 20000
 
     assert torch.allclose(shares(), logits[0].softmax(0), atol=2e-3)
     assert torch.allclose(shares(temperature=0.5), (2 * logits[0]).softmax(0), atol=2e-3)
@@ -1977,9 +1977,9 @@ def test_sampling_distribution():
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
     # the last of the cumulative distribution, never a token beyond or of no probability
     for end in (1 - 1e-7, 1.0):
-        assert sample(logits, torch.tensor([end])).item() == 4
-        assert sample(logits, torch.tensor([end]), top_k=3).item() == 1
-        assert sample(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([end])).item() == 1
+        assert sample_token(logits, torch.tensor([end])).item() == 4
+        assert sample_token(logits, torch.tensor([end]), top_k=3).item() == 1
+        assert sample_token(torch.tensor([[1.0, 2.0, -torch.inf]]), torch.tensor([end])).item() == 1
 
 
 def every_caption(prefix):
@@ -2056,11 +2056,11 @@ def test_likelihoods_in_parts_and_both_ways():
         whole, count = model.log_likelihood(text, image, to)
         parts, same = model.log_likelihood(text, image, to, chunk=1)
         assert torch.allclose(whole, parts, atol=1e-5) and torch.equal(count, same)
-    forward, reverse = model.judge(text[:2], image.view(2, 3, 9), "image")
+    forward, reverse = model.score_candidates(text[:2], image.view(2, 3, 9), "image")
     paired = text[:2].repeat_interleave(3, 0)
     assert torch.allclose(forward.flatten(), model.log_likelihood(paired, image, "image")[0])
     assert torch.allclose(reverse.flatten(), model.log_likelihood(paired, image, "text")[0])
-    forward, reverse = model.judge(image[:2], text.view(2, 3, 6), "text")
+    forward, reverse = model.score_candidates(image[:2], text.view(2, 3, 6), "text")
     paired = image[:2].repeat_interleave(3, 0)
     assert torch.allclose(forward.flatten(), model.log_likelihood(text, paired, "text")[0])
     assert torch.allclose(reverse.flatten(), model.log_likelihood(text, paired, "image")[0])
@@ -2280,7 +2280,7 @@ def test_retrieval_against_brute_force(finished, tmp_path):
     config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), eval_pairs=7)
     used = sample_module.Run(config)
     used.load_biart()
-    some = data.spread(data.Scenes("val", 50), 9)
+    some = data.validation_subset(data.Scenes("val", 50), 9)
     scores = sample_module.likelihood_scores(used, some)
     text = used.tokenize([some.captions(i)[i % 6] for i in range(9)])
     image = used.encode([some.image(i) for i in range(9)])[0]
@@ -2408,7 +2408,7 @@ def test_caption_words_by_the_coco_convention(caption, words):
 def test_psnr_against_the_formula(finished):
     config = sample_module.SampleConfig(out_dir=str(finished[0]), eval_items=3)
     used = sample_module.Run(config)
-    some = data.spread(data.Scenes("val", 50), 3)
+    some = data.validation_subset(data.Scenes("val", 50), 3)
     expected = []
     for i in range(3):
         x = data.crop_to_tensor(some.image(i), 64)[None]
@@ -2847,7 +2847,7 @@ def test_help_lists_every_setting():
 
 def test_learning_rate_schedule():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.learning_rate_at(step, config) for step in range(111)]
+    rates = [train.get_lr(step, config) for step in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
@@ -2864,7 +2864,7 @@ def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
         loss = 1 / (1 + min(step, 150) / 9) + rng.choice([0, 0, 0.3, 1e-6])
         plateau.step(loss)
         reference.step(loss)
-        rate = train.learning_rate_at(step, config, plateau.factor)
+        rate = train.get_lr(step, config, plateau.factor)
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
     assert plateau.factor < 0.1
     original, = train.configure({"preset": "original"}, "augvae_sl", train.TrainConfig)

@@ -50,7 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, ResBlock, from_lightning, read_plain
+from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, ResBlock, from_lightning, safe_load
 from biart import BiART, BiARTConfig, Block
 from data import DataConfig
 from tokenizer import Tokenizer
@@ -259,16 +259,16 @@ def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     """
     stem = os.fspath(path).removesuffix(".pt")
     aside = None if previous is None else f"{stem}_{previous:08d}.pt"
-    with data.written(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
+    with data.atomic_write(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
         torch.save(checkpoint, f)
     if best:
-        with open(path, "rb") as f, data.written(f"{stem}_best.pt", part=f"{path}.part") as copy:
+        with open(path, "rb") as f, data.atomic_write(f"{stem}_best.pt", part=f"{path}.part") as copy:
             shutil.copyfileobj(f, copy)
     for _, old in sorted(older_checkpoints(path).items(), reverse=True)[keep:]:
         os.remove(old)
 
 
-def last_checkpoint(path, stage, say=print):
+def latest_checkpoint(path, stage, print0=print):
     """
     The newest checkpoint of a stage that can be read, and whether it is the one at path; (None, False) where
     there is none at all. Says which it had to pass over.
@@ -281,7 +281,7 @@ def last_checkpoint(path, stage, say=print):
         except ValueError as e:
             if i + 1 == len(there):
                 raise
-            say(f"warning: {e}; going back to {there[i + 1]}")
+            print0(f"warning: {e}; going back to {there[i + 1]}")
         else:
             return checkpoint, candidate == path
     return None, False
@@ -294,7 +294,7 @@ def load_checkpoint(path, stage):
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
-    checkpoint = read_plain(path)
+    checkpoint = safe_load(path)
     if "stage" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if checkpoint["stage"] != stage:
@@ -302,7 +302,7 @@ def load_checkpoint(path, stage):
     return checkpoint
 
 
-def restore(cls, config_cls, checkpoint):
+def build_model(cls, config_cls, checkpoint):
     """A model as a checkpoint describes it, in eval mode on the CPU."""
     model = cls(config_cls(**checkpoint["config"]))
     model.load_state_dict(checkpoint["model"])
@@ -314,13 +314,13 @@ def load_augvae(path):
     The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
     Raises ValueError where it is neither.
     """
-    checkpoint = read_plain(path)
+    checkpoint = safe_load(path)
     if "state_dict" in checkpoint:  # Lightning's name
         return from_lightning(AugVAE, checkpoint, path)
     stage = checkpoint.get("stage", "something else")
     if stage not in ("augvae_ml", "augvae_sl"):
         raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
-    return restore(AugVAE, AugVAEConfig, checkpoint)
+    return build_model(AugVAE, AugVAEConfig, checkpoint)
 
 
 def fingerprint(model):
@@ -364,7 +364,7 @@ class Context:
                 dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
         self.dtype = getattr(torch, dtype)
 
-    def can(self, trial):
+    def works(self, trial):
         """Whether something works here, found out by doing it: CUDA-like builds differ in what they lack."""
         try:
             trial()
@@ -394,13 +394,13 @@ class Context:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def sum(self, tensor):
+    def all_reduce(self, tensor):
         """Add a tensor up over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
 
-    def seconds(self, function):
+    def timeit(self, function):
         """How long a call takes, what it leaves the device to do included."""
         self.synchronize()
         began = time.perf_counter()
@@ -418,14 +418,14 @@ class Context:
             return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
 
-    def name(self):
+    def device_name(self):
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
 
-    def wait(self):
+    def barrier(self):
         """For all ranks to have come this far."""
-        self.sum(torch.zeros(1, device=self.device))
+        self.all_reduce(torch.zeros(1, device=self.device))
 
-    def gather(self, value):
+    def all_gather(self, value):
         """What every rank has, as a list; values are small and picklable."""
         values = [value] * self.world
         if self.world > 1:
@@ -443,7 +443,7 @@ class Context:
             if self.device.type == "cuda" and states[self.rank]["cuda"] is not None:
                 torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)
 
-    def say(self, *text):
+    def print0(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
 
@@ -535,7 +535,7 @@ def read_augvae(name, given):
     if config.init_from:
         vae = load_augvae(path)
     else:
-        vae = restore(AugVAE, AugVAEConfig, load_checkpoint(path, name))
+        vae = build_model(AugVAE, AugVAEConfig, load_checkpoint(path, name))
     has = dataclasses.asdict(vae.config)
     if vae.config.single_level:
         has["token_grid"] = vae.config.single_level
@@ -593,7 +593,7 @@ def prepare_biart(stage, given, train_data, val_data, context):
         began = time.time()
         texts = data.all_captions(train_data, log)
         tokenizer = Tokenizer.train(texts, config.vocab_size)
-        context.say(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions "
+        context.print0(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions "
                     f"in {time.time() - began:.1f} s")
         if context.rank == 0:
             tokenizer.save(path)
@@ -607,16 +607,16 @@ def prepare_biart(stage, given, train_data, val_data, context):
             return vae.encode(images.to(context.device))[0].flatten(1)
 
     def add(tensor):
-        return context.sum(tensor.to(context.device)).cpu()
+        return context.all_reduce(tensor.to(context.device)).cpu()
 
     views, key = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
     own = not config.cache_tokens
     splits = ("train", train_data, config.cache_crops, biart_config.null_prob), ("val", val_data, 1, 0.0)
     for split, dataset, crops, null_prob in splits:
-        source = data.Encodable(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
+        source = data.TokenCacheSource(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
                                 data_config.crop_scale, log, data_config.workers)
         folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
-        data.encode_tokens(source, encode, folder, key, own, context.rank, context.world, add)
+        data.build_token_cache(source, encode, folder, key, own, context.rank, context.world, add)
         views.append(data.Tokens(folder, null_prob))
     objective = BiARTObjective(BiART(biart_config), vae, tokenizer)
     return objective, *views, key
@@ -625,7 +625,7 @@ def prepare_biart(stage, given, train_data, val_data, context):
 # -----------------------------------------------------------------------------
 # The loop
 
-def learning_rate_at(step, config, factor=1.0):
+def get_lr(step, config, factor=1.0):
     """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters, or a Plateau's factor."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
@@ -702,9 +702,9 @@ def make_optimizer(model, config, context):
     groups = [{"params": hidden, "weight_decay": config.weight_decay, "orthogonal": True},
               {"params": decay, "weight_decay": config.weight_decay, "orthogonal": False},
               {"params": rest, "weight_decay": 0.0, "orthogonal": False}]
-    context.say("{:,} parameters with orthogonal steps, {:,} others with weight decay, {:,} without".format(
+    context.print0("{:,} parameters with orthogonal steps, {:,} others with weight decay, {:,} without".format(
         *(sum(p.numel() for p in group["params"]) for group in groups)))
-    fused = {"fused": True} if context.can(context.step_fused) else {}  # on CPUs from torch 2.4 on
+    fused = {"fused": True} if context.works(context.step_fused) else {}  # on CPUs from torch 2.4 on
     return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
 
 
@@ -725,21 +725,21 @@ def shard(model):
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    model.replayed = False
+    model.use_cuda_graphs = False
     register_fsdp_forward_method(model, "generate")
 
 
-def whole(tree):
+def full_state_dict(tree):
     """A state dict with every sharded tensor put together; all ranks must ask for it."""
     if isinstance(tree, dict):
-        return {key: whole(value) for key, value in tree.items()}
+        return {key: full_state_dict(value) for key, value in tree.items()}
     if isinstance(tree, list):
-        return [whole(value) for value in tree]
+        return [full_state_dict(value) for value in tree]
     return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
 
 
 def load_optimizer(optimizer, state):
-    """Load whole()'s state dict, cutting up again what belongs to a sharded parameter."""
+    """Load full_state_dict()'s state dict, cutting up again what belongs to a sharded parameter."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for i, values in state["state"].items():
         p = params[i]
@@ -778,7 +778,7 @@ class Signals:
             signal.signal(number, handler)
 
 
-def take_step(wrapped, objective, optimizer, scaler, config, context, batches, signals=None):
+def train_step(wrapped, objective, optimizer, scaler, config, context, batches, signals=None):
     """
     One optimizer step on this rank's micro-batches. -> the mean loss over ranks, the gradient's norm, the
     parts of the loss, whether the step was skipped because one of these is not finite, and whether any rank
@@ -793,11 +793,11 @@ def take_step(wrapped, objective, optimizer, scaler, config, context, batches, s
             scaler.scale(loss / micro).backward()
         total = total + loss.detach() / micro
     scaler.unscale_(optimizer)
-    norm = float(whole(nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)))
+    norm = float(full_state_dict(nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)))
     # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
     caught = float(signals is not None and signals.number > 0)
     status = torch.stack([total.float() / context.world, torch.tensor(caught, device=total.device)])
-    loss, stopping = context.sum(status).tolist()
+    loss, stopping = context.all_reduce(status).tolist()
     skip = not (math.isfinite(loss) and math.isfinite(norm))
     if not skip:
         scaler.step(optimizer)
@@ -825,27 +825,27 @@ def train(stage, given):
     if config.scale_lr:
         config.learning_rate *= samples_per_step
     path, log_path = os.path.join(config.out_dir, f"{stage}.pt"), bad_images(config, stage)
-    saved, newest = last_checkpoint(path, stage, context.say) if config.resume else (None, False)
+    saved, newest = latest_checkpoint(path, stage, context.print0) if config.resume else (None, False)
     os.makedirs(config.out_dir, exist_ok=True)
     if not saved and context.rank == 0 and os.path.exists(log_path):
         os.remove(log_path)
-    context.wait()
+    context.barrier()
     datasets = [data.open_data(data_config, split, log_path) for split in ("train", "val")]
     if config.epochs:
         config.max_iters = math.ceil(config.epochs * len(datasets[0]) / samples_per_step)
     if saved and saved["step"] >= config.max_iters:
-        context.say(f"{stage}: done already, {saved['step']} steps")
+        context.print0(f"{stage}: done already, {saved['step']} steps")
         return
     if stage == "biart" and not all(d.captioned for d in datasets):
         raise ValueError(f"--stage biart needs captions, and --data {data_config.data} has none here")
-    datasets[1] = data.spread(datasets[1], config.eval_images, log_path)
+    datasets[1] = data.validation_subset(datasets[1], config.eval_images, log_path)
     if min(map(len, datasets)) < context.world:
         raise ValueError(f"{min(map(len, datasets))} images are too few for {context.world} ranks")
     torch.manual_seed(config.seed)  # all ranks build the same model
     prepare = prepare_biart if stage == "biart" else prepare_augvae
     objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
     model = objective.model
-    context.say(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
+    context.print0(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
                 f"{len(train_view):,} training images, {context.world} x {config.batch_size} x {micro} "
                 f"images a step, {context.device}, {str(context.dtype)[6:]}")
     start, samples, val_loss = 0, 0, None
@@ -860,9 +860,9 @@ def train(stage, given):
         model.load_state_dict(saved["model"])
         start, samples, val_loss, tally = saved["step"], saved["samples"], saved["val_loss"], saved["tally"]
         on_disk = start if newest else None
-        context.say(f"resuming at step {start}")
+        context.print0(f"resuming at step {start}")
         if len(saved["random"]) != context.world or saved["samples_per_step"] != samples_per_step:
-            context.say(f"from now on {context.world} ranks instead of {len(saved['random'])}, "
+            context.print0(f"from now on {context.world} ranks instead of {len(saved['random'])}, "
                         f"{samples_per_step} images a step instead of {saved['samples_per_step']}; "
                         "the order of the data goes on where it was")
     objective.to(context.device)
@@ -898,7 +898,7 @@ def train(stage, given):
             with context.autocast():
                 loss, _ = objective(*to_device(batch))
             total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * len(batch[0])
-        total = context.sum(total)
+        total = context.all_reduce(total)
         with context.autocast():
             picture = objective.picture(*to_device(val_batches[0]))  # on all ranks: a sharded model needs all
         if context.rank == 0:
@@ -910,15 +910,15 @@ def train(stage, given):
         content = {
             "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step,
             "val_loss": val_loss, "config": dataclasses.asdict(model.config),
-            "model": whole(model.state_dict()), "optimizer": whole(optimizer.state_dict()),
+            "model": full_state_dict(model.state_dict()), "optimizer": full_state_dict(optimizer.state_dict()),
             "scaler": scaler.state_dict(), "tally": tally, "plateau": dataclasses.asdict(plateau),
-            "random": context.gather(context.random_state()), "settings": dict(given), **surroundings}
+            "random": context.all_gather(context.random_state()), "settings": dict(given), **surroundings}
         if context.rank == 0:
             save_checkpoint(path, content, on_disk, config.keep,
                             best=val_loss is not None and val_loss <= tally["best"])
             for stale in older_checkpoints(path).values() if step == 0 else ():
                 os.remove(stale)  # of another run, over which --overwrite starts this one
-        context.wait()  # or another rank would look for what is not yet there
+        context.barrier()  # or another rank would look for what is not yet there
 
     log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
     loader = data.batches(train_view, config.batch_size, config.seed, samples, context.rank, context.world,
@@ -933,7 +933,7 @@ def train(stage, given):
                 val_loss = evaluate()
                 tally["best"] = min(tally["best"], val_loss)
                 plateau.step(val_loss)
-            lr = learning_rate_at(step, config, plateau.factor)
+            lr = get_lr(step, config, plateau.factor)
             if context.rank == 0 and step == 0:
                 print(f"{stage} 0/{config.max_iters} val {val_loss:.4f}", flush=True)
             elif context.rank == 0 and (due or step == 1 or step % config.log_interval == 0):
@@ -958,7 +958,7 @@ def train(stage, given):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             batches = (to_device(next(loader)) for _ in range(micro))
-            loss, norm, parts, skip, stopping = take_step(
+            loss, norm, parts, skip, stopping = train_step(
                 wrapped, objective, optimizer, scaler, config, context, batches, signals)
             tally.update(loss=loss, loss_max=max(tally["loss_max"], loss), grad_norm=norm, parts=parts,
                          skipped=tally["skipped"] + skip, in_a_row=tally["in_a_row"] + 1 if skip else 0)
@@ -970,10 +970,10 @@ def train(stage, given):
     if stopping or signals.number:
         raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there",
                       signals.number or 15)
-    context.say(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
-    faults = data.count_faults(log_path)
+    context.print0(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
+    faults = data.count_read_errors(log_path)
     if faults:
-        context.say(f"{stage}: {faults:,} files could not be read or were damaged: {log_path} names them")
+        context.print0(f"{stage}: {faults:,} files could not be read or were damaged: {log_path} names them")
 
 
 class Log:
@@ -988,7 +988,7 @@ class Log:
         writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
-        with data.written(f"{stem}.csv", part=f"{stem}.csv.part") as f:
+        with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
             f.write(text.getvalue().encode())
 
     def rows(self):
@@ -1052,10 +1052,10 @@ def timed(step, context, unit, units, rounds=5):
     """Median time of step(), after one call for warm-up, and what it is of the fastest the device can do."""
     with FlopCounterMode(display=False) as counter:
         step()
-    seconds = [context.seconds(step) for _ in range(rounds)]
+    seconds = [context.timeit(step) for _ in range(rounds)]
     median, n = statistics.median(seconds), 8192 if context.device.type == "cuda" else 2048
     a = torch.randn(n, n, device=context.device, dtype=context.dtype)
-    peak = 2 * n ** 3 / min(context.seconds(lambda: a @ a) for _ in range(10))
+    peak = 2 * n ** 3 / min(context.timeit(lambda: a @ a) for _ in range(10))
     flops = counter.get_total_flops()
     print(f"{median:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
           f"{units / median:,.1f} {unit}/s, {flops / 1e9:,.0f} GFLOP in products, "
@@ -1073,7 +1073,7 @@ def training_step(objective, config, context, *batch):
     wrapped = torch.compile(objective) if config.compile else objective
     batch = [x.to(context.device) for x in batch]
     batches = [batch] * config.gradient_accumulation_steps
-    return lambda: take_step(wrapped, objective, optimizer, scaler, config, context, batches)
+    return lambda: train_step(wrapped, objective, optimizer, scaler, config, context, batches)
 
 
 def bench_augvae(given, context):
@@ -1184,7 +1184,7 @@ def main(argv):
         context = Context(config.device, config.dtype, wide=True)
         before = context.peak_gb()
         measured = BENCHES[config.bench](given, context)
-        measured.update(peak_gb=context.peak_gb() - before, device=context.name(),
+        measured.update(peak_gb=context.peak_gb() - before, device=context.device_name(),
                         dtype=str(context.dtype)[6:])
         print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, "
               f"{measured['dtype']}")
@@ -1216,7 +1216,7 @@ def settings_of(out_dir):
     written = {stage: max(map(os.path.getmtime, glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt")))
                for stage in there}
     stage = max(there, key=written.get)
-    saved, _ = last_checkpoint(paths[stage], stage, say=lambda _: None)
+    saved, _ = latest_checkpoint(paths[stage], stage, print0=lambda _: None)
     return {key: value for key, value in saved["settings"].items()
             if key not in ("resume", "overwrite", "out_dir")}
 
