@@ -2132,7 +2132,7 @@ def test_train_all_leaves_a_whole_run(finished):
         for name in (f"{stage}_loss.png", f"{stage}_000000.png", f"{stage}_000004.png"):
             assert Image.open(out / name).size[0] > 100
         checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
-        assert checkpoint["step"] == 4 and f"{stage} 4/4 loss" in printed
+        assert checkpoint["progress"]["step"] == 4 and f"{stage} 4/4 loss" in printed
     assert "codebook_use" in rows(out / "augvae_ml.csv")[0] and "ETA" in printed and "images/s" in printed
     assert len(Tokenizer.load(out / "tokenizer.json")) > 258
     assert not [name for name in os.listdir(out) if name.endswith((".part", ".tmp"))]
@@ -2426,7 +2426,7 @@ def test_resume_continues_exactly(finished, tmp_path):
         python("train.py", *MINIATURE, "--out_dir", out, "--stage", stage, "--max_iters=2")
         # the schedule of four steps from its middle on
         checkpoint = train.load_checkpoint(out / f"{stage}.pt", stage)
-        assert checkpoint["step"] == 2
+        assert checkpoint["progress"]["step"] == 2
         python("train.py", *MINIATURE, "--out_dir", out, "--stage", stage, "--resume")
         ours, theirs = rows(out / f"{stage}.csv"), rows(whole / f"{stage}.csv")
         assert [r["step"] for r in ours] == [r["step"] for r in theirs]
@@ -2463,7 +2463,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
             shutil.copy(out / before, alone)
         python("train.py", *given, "--out_dir", alone, f"--stage={stage}", "--batch_size=4", "--overwrite")
         together, single = (train.load_checkpoint(d / f"{stage}.pt", stage) for d in (out, alone))
-        assert together["samples"] == single["samples"] == 20
+        assert together["progress"]["samples"] == single["progress"]["samples"] == 20
         for name, value in together["model"].items():
             off = (value.float() - single["model"][name].float()).abs().max()
             # the codebook's sums are far above 1
@@ -2700,11 +2700,11 @@ def test_last_best_and_older_checkpoints(finished, tmp_path):
     assert names == ["augvae_ml.pt", "augvae_ml_00000002.pt", "augvae_ml_best.pt"]
     val = {int(r["step"]): float(r["val_loss"]) for r in rows(out / "augvae_ml.csv") if r["val_loss"]}
     best = train.load_checkpoint(out / "augvae_ml_best.pt", "augvae_ml")
-    assert best["val_loss"] <= min(val.values()) + 1e-6
+    assert best["progress"]["val_loss"] <= min(val.values()) + 1e-6
     # steps are numbers, not text, and --keep says how many stay
     assert list(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [2]
     for step in range(9, 12):
-        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "step": step + 1},
+        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "progress": {"step": step + 1}},
                               previous=step, keep=2)
     assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
 
@@ -2719,7 +2719,7 @@ def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path
     assert "biart.pt is not a whole checkpoint" in printed and "going back to" in printed
     assert "resuming at step 2" in printed
     assert losses(out, "biart") == losses(finished[0], "biart")
-    assert train.load_checkpoint(last, "biart")["step"] == 4
+    assert train.load_checkpoint(last, "biart")["progress"]["step"] == 4
     for path in out.glob("biart*.pt"):
         path.write_bytes(b"")
     assert "not a whole checkpoint" in refused("train.py", "--out_dir", out, "--resume", "--stage=biart")
@@ -2754,7 +2754,7 @@ def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, fin
             process.send_signal(signal.SIGTERM)
             break
     printed, _ = process.communicate(timeout=60)
-    step = train.load_checkpoint(tmp_path / "cut" / "augvae_sl.pt", "augvae_sl")["step"]
+    step = train.load_checkpoint(tmp_path / "cut" / "augvae_sl.pt", "augvae_sl")["progress"]["step"]
     assert 10 <= step < 60 and f"stopped at step {step}, saved to" in printed
     assert process.returncode not in (0, None)
     if launcher is not TORCHRUN:
@@ -2770,7 +2770,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGTERM)  # the same Ctrl-C, by way of torchrun
         assert signals.number == signal.SIGINT and not codes
-        signals.at -= 2
+        signals.caught_at -= 2
         signal.raise_signal(signal.SIGINT)
         assert codes == [128 + signal.SIGINT]
     assert signal.getsignal(signal.SIGINT) is before
@@ -2832,7 +2832,7 @@ def test_settings_are_typed_layered_and_documented():
         for f in dataclasses.fields(cls):
             if not f.metadata:
                 described = [a.help for a in train.Parser((cls,), {})._actions if a.dest == f.name]
-                assert len(described) == 1 and not described[0].startswith("["), f.name
+                assert len(described) == 1 and not described[0].strip().startswith("["), f.name
     for preset in train.PRESETS:
         for stage in train.STAGES:
             train.configure({"preset": preset}, stage,
@@ -2847,10 +2847,12 @@ def test_help_lists_every_setting():
 
 def test_learning_rate_schedule():
     config = train.TrainConfig(learning_rate=1.0, min_lr=0.1, warmup_iters=10, max_iters=110)
-    rates = [train.get_lr(step, config) for step in range(111)]
+    rates = [train.Schedule(config).get_lr(step) for step in range(111)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == rates[10] == 1.0
     assert rates[60] == pytest.approx(0.55) and rates[110] == pytest.approx(0.1)
     assert rates[10:] == sorted(rates[10:], reverse=True)
+    scaled = train.Schedule(train.TrainConfig(epochs=1.5, scale_lr=True, batch_size=3), world=2, n=10)
+    assert (scaled.samples_per_step, scaled.max_iters, scaled.peak_lr) == (6, 3, pytest.approx(6e-4))
 
 
 def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
@@ -2858,31 +2860,29 @@ def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
     optimizer = torch.optim.SGD([weight], lr=0.5)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10,
                                                            min_lr=0.02)
-    plateau, rng = train.Plateau(), random.Random(0)
+    losses, rng = [], random.Random(0)
     config = train.TrainConfig(schedule="plateau", learning_rate=0.5, min_lr=0.02, warmup_iters=0)
     for step in range(400):
-        loss = 1 / (1 + min(step, 150) / 9) + rng.choice([0, 0, 0.3, 1e-6])
-        plateau.step(loss)
-        reference.step(loss)
-        rate = train.get_lr(step, config, plateau.factor)
+        losses.append(1 / (1 + min(step, 150) / 9) + rng.choice([0, 0, 0.3, 1e-6]))
+        reference.step(losses[-1])
+        rate = train.Schedule(config).get_lr(step, losses)
         assert rate == pytest.approx(optimizer.param_groups[0]["lr"])
-    assert plateau.factor < 0.1
+    assert train.count_plateaus(losses) > 3
     original, = train.configure({"preset": "original"}, "augvae_sl", train.TrainConfig)
     assert (original.learning_rate, original.scale_lr, original.schedule, original.warmup_iters,
             original.grad_clip, original.weight_decay, original.beta1, original.beta2) == (
         4.5e-6, True, "plateau", 0, 0, 1e-5, 0.9, 0.999)
     assert train.configure({"preset": "original"}, "biart", train.TrainConfig)[0].schedule == "cosine"
     # a run that is resumed in the middle knows of the plateau what one in a piece knows
-    monkeypatch.setattr(train.Plateau, "step", lambda self, loss: train.Plateau.__init__(
-        self, self.factor / 2, loss, self.bad + 1, self.cooldown + 1))
+    monkeypatch.setattr(train, "count_plateaus", len)
     flags = [*MINIATURE, "--stage=augvae_ml", "--schedule=plateau", "--learning_rate=1e-4", "--scale_lr",
              "--warmup_iters=0", "--gradient_accumulation_steps=2", "--min_lr=0"]
     train.main([*flags, "--out_dir", str(tmp_path / "whole")])
     train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--max_iters=2"])
     train.main([*flags, "--out_dir", str(tmp_path / "halves"), "--resume"])
-    whole, halves = (train.load_checkpoint(tmp_path / name / "augvae_ml.pt", "augvae_ml")
+    whole, halves = (train.load_checkpoint(tmp_path / name / "augvae_ml.pt", "augvae_ml")["progress"]
                      for name in ("whole", "halves"))
-    assert whole["plateau"] == halves["plateau"] and whole["plateau"]["bad"] == 3
+    assert whole["val_losses"] == halves["val_losses"] and len(whole["val_losses"]) == 3
     rates = [float(row["lr"]) for row in rows(tmp_path / "whole" / "augvae_ml.csv")]
     halved = [float(row["lr"]) for row in rows(tmp_path / "halves" / "augvae_ml.csv")]
     assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == halved
@@ -3071,11 +3071,11 @@ def test_a_checkpoint_cannot_run_code(tmp_path, monkeypatch):
 
 def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     path = tmp_path / "biart.pt"
-    train.save_checkpoint(path, {"stage": "biart", "step": 1})
+    train.save_checkpoint(path, {"stage": "biart", "progress": {"step": 1}})
     monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(OSError("no space left on device")))
     with pytest.raises(OSError, match="no space left"):
-        train.save_checkpoint(path, {"stage": "biart", "step": 2})
-    assert train.load_checkpoint(path, "biart")["step"] == 1
+        train.save_checkpoint(path, {"stage": "biart", "progress": {"step": 2}})
+    assert train.load_checkpoint(path, "biart")["progress"]["step"] == 1
 
 
 @pytest.mark.parametrize("module", ["augvae", "biart", "tokenizer", "data", "train", "sample"])

@@ -17,6 +17,7 @@ A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.
 {stage}_{step}.png (pictures as training goes), tokenizer.json. sample.py reads it.
 """
 import argparse
+import ast
 import contextlib
 import csv
 import dataclasses
@@ -31,14 +32,15 @@ import math
 import os
 import random
 import re
-import resource
 import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+import tokenize
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -56,6 +58,8 @@ from data import DataConfig
 from tokenizer import Tokenizer
 
 STAGES = ("augvae_ml", "augvae_sl", "biart")
+LOSSES = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # AugVAE's pixel loss, and whether with LPIPS
+          "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
 
 
 @dataclass
@@ -100,7 +104,7 @@ class TrainConfig:
     log_interval: int = 10  # steps between log lines
     keep: int = 1  # older checkpoints kept beside the last and the best
     # Where and how to compute
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto is cuda, else mps where it works, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
     compile: bool = False  # torch.compile the model
     checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass, keep none
@@ -108,59 +112,50 @@ class TrainConfig:
     bench: str = ""  # measure instead of training: a step of augvae or biart, the codebook, or reading data
     json: bool = False  # bench: print one JSON object last
 
+    limits = {**dict.fromkeys(("max_iters", "epochs", "learning_rate", "warmup_iters", "min_lr", "grad_clip",
+                               "weight_decay", "lpips_weight", "keep"), "[0, inf)"),
+              **dict.fromkeys(("batch_size", "gradient_accumulation_steps", "token_grid", "cache_crops",
+                               "eval_interval", "eval_images", "log_interval"), "[1, inf)"),
+              "beta1": "[0, 1)", "beta2": "[0, 1)", "vocab_size": "[258, 65536]"}
+    choices = {"stage": (*STAGES, "all"), "schedule": ("cosine", "plateau"), "optimizer": ("adamw", "muon"),
+               "loss": tuple(LOSSES), "dtype": ("auto", "float32", "bfloat16", "float16")}
+
 
 # What a preset sets: under "" for every stage, then for one.
+SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20}
+SHORT_BIART = {"batch_size": 32, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
+               "weight_decay": 0.1, "optimizer": "muon"}
 PRESETS = {
     "tiny": {
         "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 16, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
              "n_groups": 1, "z_channels": 64, "codebook_size": 128, "codebook_dim": 8, "rate": 0.003,
              "token_grid": 8, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5,
-                      "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 800, "learning_rate": 2e-3, "min_lr": 2e-5,
-                      "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 3600, "learning_rate": 3e-3, "min_lr": 3e-5,
-                  "warmup_iters": 100, "weight_decay": 0.1, "optimizer": "muon",
-                  "eval_interval": 500, "log_interval": 50},
-    },
+        "augvae_ml": {**SHORT_AUGVAE, "max_iters": 200},
+        "augvae_sl": {**SHORT_AUGVAE, "max_iters": 800},
+        "biart": {**SHORT_BIART, "max_iters": 3600, "eval_interval": 500, "log_interval": 50}},
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
              "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003,
              "token_grid": 16, "n_layer": 4, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048,
              "dropout": 0.1, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {"batch_size": 8, "max_iters": 200, "learning_rate": 2e-3, "min_lr": 2e-5,
-                      "warmup_iters": 20},
-        "augvae_sl": {"batch_size": 8, "max_iters": 1200, "learning_rate": 2e-3, "min_lr": 2e-5,
-                      "warmup_iters": 20},
-        "biart": {"batch_size": 32, "max_iters": 2400, "learning_rate": 3e-3, "min_lr": 3e-5,
-                  "weight_decay": 0.1, "optimizer": "muon", "eval_interval": 200},
-    },
+        "augvae_ml": {**SHORT_AUGVAE, "max_iters": 200},
+        "augvae_sl": {**SHORT_AUGVAE, "max_iters": 1200},
+        "biart": {**SHORT_BIART, "max_iters": 2400, "eval_interval": 200}},
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
         "augvae_sl": {"data": "imagenet", "batch_size": 8, "max_iters": 100000},
         "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4,
-                  "min_lr": 3e-5, "weight_decay": 0.1, "beta2": 0.95},
-    },
+                  "min_lr": 3e-5, "weight_decay": 0.1, "beta2": 0.95}},
 }
 
-# How the release trains AugVAE, and what all other presets do instead:
-#
-#   the release                                  instead, and why
-#   learning rate 4.5e-6 times a step's images   given as it is used: Adam's steps do not grow with the batch
-#   no warm-up                                   linear: Adam's first averages are of few batches, and a young
-#                                                codebook cannot follow an encoder in big steps
-#   halved, down to 1e-6, after 10 losses (of    cosine: reaches its end at max_iters, whatever eval_interval
-#     epochs' last batches) that did not fall    is, and depends on no comparison of noisy numbers
-#   crops: 0.75 to 1 times the picture's area    times the centre square's: in a 4:3 picture no square of more
-#                                                than 0.75 times its area has room, so that all stay one size
-#   gradients as they are                        clipped to norm 1: one bad batch does not undo a thousand
-#   weight decay 1e-5 on all parameters          not on biases and norms, which it would only pull to zero
-#
-# Preset `original` is `released` with the left column, but for two things: the loss watched is the validation
-# loss at every --eval_interval, the same number on all ranks; and weight decay, where 1e-5 makes no
-# difference worth an option.
+# `original` trains AugVAE as the release does: a learning rate of 4.5e-6 times a step's images, no warm-up,
+# halved after 10 losses that did not fall (its own: of epochs' last batches; here: of the validation data),
+# crops of 0.75 to 1 times the picture's area, gradients not clipped. The other presets differ because Adam's
+# steps do not grow with the batch; a young codebook cannot follow an encoder in big steps; a cosine needs no
+# noisy comparison; no square of 0.75 times a 4:3 picture's area has room in it; one bad batch should not
+# undo a thousand. The release also decays biases and norms, with 1e-5; here none does.
 ORIGINAL = {"learning_rate": 4.5e-6, "scale_lr": True, "warmup_iters": 0, "schedule": "plateau",
             "min_lr": 1e-6, "crop_scale": 0.75, "crop_of": "picture", "grad_clip": 0.0}
 PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][stage], **ORIGINAL}
@@ -168,296 +163,266 @@ PRESETS["original"] = {**PRESETS["released"], **{stage: {**PRESETS["released"][s
 
 
 # -----------------------------------------------------------------------------
-# Settings: one command line, made from the fields of the dataclasses
+# The loop
 
-class Parser(argparse.ArgumentParser):
+@dataclass
+class Progress:
+    """How far a run has come: saved and restored as such."""
+    step: int = 0  # optimizer steps taken, skipped ones among them
+    samples: int = 0  # training samples drawn by all ranks
+    loss: float = 0.0  # of the last step
+    loss_max: float = 0.0  # the highest since the last row of the log
+    grad_norm: float = 0.0  # of the last step, before clipping
+    parts: dict = field(default_factory=dict)  # of the last step's loss, by name
+    skipped: int = 0  # steps whose loss or gradient was not finite
+    skipped_in_a_row: int = 0
+    val_loss: float = None  # at this very step, or None where it has not been evaluated
+    val_losses: list = field(default_factory=list)  # all of them
+
+
+def train(settings):
+    """Train one stage from its beginning or, with --resume, from its last good checkpoint, to the end."""
+    stage, config = settings.stage, settings.train
+    context = Context(config.device, config.dtype, settings.wide)
+    path, bad_images = settings.path(".pt"), settings.path("_bad_images.log")
+    saved, saved_step = latest_checkpoint(path, stage, context.print0) if config.resume else (None, None)
+
+    # The data, and how long to train on it
+    train_set, val_set = open_datasets(settings, context, fresh=not saved)
+    schedule = Schedule(config, context.world, len(train_set))
+    if saved and saved["progress"]["step"] >= schedule.max_iters:
+        return context.print0(f"{stage}: done already, {saved['progress']['step']} steps")
+
+    # The model, on all ranks the same; parents: what its tokens were made by
+    torch.manual_seed(config.seed)
+    prepare = prepare_biart if stage == "biart" else prepare_augvae
+    objective, (train_view, val_view), parents = prepare(settings, train_set, val_set, context)
+    context.print0(f"{stage}: {sum(p.numel() for p in objective.model.parameters()) / 1e6:.2f} M parameters, "
+                   f"{len(train_view):,} training images, {schedule.samples_per_step} images a step on "
+                   f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
+    if saved:
+        check_parents(saved, path, objective.model, parents)
+    trainer = Trainer(objective, settings, context, saved)
+    progress = Progress(**saved["progress"]) if saved else Progress()
+    del saved
+
+    val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
+    batches = data.batches(train_view, config.batch_size, config.seed, progress.samples, context.rank,
+                           context.world, settings.data.workers, settings.data.shuffle_buffer, bad_images)
+    log = Log(settings.path(""), objective.parts, progress, schedule, context)
+    stopping = False
+    with Signals() as signals:
+        while True:
+            due = progress.step % config.eval_interval == 0 or progress.step == schedule.max_iters
+            if due and progress.val_loss is None:
+                picture = settings.path(f"_{progress.step:06d}.png")
+                progress.val_loss = evaluate(objective, val_batches, context, picture)
+                progress.val_losses.append(progress.val_loss)
+            lr = schedule.get_lr(progress.step, progress.val_losses)
+            if due or progress.step == 1 or progress.step % config.log_interval == 0:
+                log.write(progress, lr, draw=due)
+            if (due or stopping) and progress.step != saved_step:
+                save(path, settings, trainer, progress, schedule, parents, saved_step)
+                saved_step = progress.step
+            if stopping or progress.step == schedule.max_iters:
+                break
+            began = time.time()
+            micro_batches = (next(batches) for _ in range(config.gradient_accumulation_steps))
+            stopping = trainer.step(micro_batches, lr, progress, signals)
+            progress.samples += schedule.samples_per_step
+            log.busy += time.time() - began
+            if progress.skipped_in_a_row == 20:
+                raise ValueError(f"20 steps in a row, up to step {progress.step}, gave no finite loss and "
+                                 f"gradient; {path} holds step {saved_step}, from before")
+    if stopping or signals.number:
+        raise Stopped(f"{stage} stopped at step {progress.step}, saved to {path}; "
+                      "--resume goes on from there", signals.number or 15)
+    context.print0(f"{stage}: {log.summary(progress)}, saved to {path}")
+    faults = data.count_read_errors(bad_images)
+    if faults:
+        context.print0(f"{stage}: {faults:,} files could not be read or were damaged: "
+                       f"{bad_images} names them")
+
+
+def open_datasets(settings, context, fresh):
+    """-> the training data, and the part of the validation data that is looked at."""
+    bad_images, world = settings.path("_bad_images.log"), context.world
+    os.makedirs(settings.train.out_dir, exist_ok=True)
+    if fresh and context.rank == 0 and os.path.exists(bad_images):
+        os.remove(bad_images)
+    context.barrier()
+    train_set, val_set = (data.open_data(settings.data, split, bad_images) for split in ("train", "val"))
+    if settings.stage == "biart" and not (train_set.captioned and val_set.captioned):
+        raise ValueError(f"--stage biart needs captions, and --data {settings.data.data} has none here")
+    val_set = data.validation_subset(val_set, settings.train.eval_images, bad_images)
+    if min(len(train_set), len(val_set)) < world:
+        raise ValueError(f"{min(len(train_set), len(val_set))} images are too few for {world} ranks")
+    return train_set, val_set
+
+
+def validation_batches(view, batch_size, context, copies):
     """
-    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the
-    result. The help is the comments: one beside each field, and one on a line of its own, or the class's
-    name, above a group of them.
+    This rank's share of the validation items, each `copies` times -> [(batch, its weight in the mean)]. All
+    ranks get equally many batches, or a sharded model would wait for ever: some get one of weight 0.
     """
-
-    def __init__(self, classes, defaults, **kwargs):
-        super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs,
-                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-                             prog, max_help_position=38, width=170))
-        for cls in classes:
-            group, fields = None, {f.name: f for f in dataclasses.fields(cls)}
-            source = inspect.getsource(cls)
-            for title, name, note in re.findall(r"^    (?:# (.*)|(\w+): .*?  # (.*))$", source, re.MULTILINE):
-                if title or group is None:
-                    group = self.add_argument_group(title or cls.__name__.removesuffix("Config"))
-                if name and not fields[name].metadata.get("derived"):
-                    read, metavar, extra = kinds[fields[name].type]
-                    note = f"{note} [{defaults.get(name, fields[name].default)}]".replace("%", "%%")
-                    group.add_argument(f"--{name}", type=read, default=argparse.SUPPRESS, metavar=metavar,
-                                       help=note, **extra)
-
-    def settings(self, argv):
-        """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
-        found, unknown = self.parse_known_args(argv)
-        if unknown:
-            names = sorted(s for a in self._actions for s in a.option_strings)
-            name = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(name, names, 1)
-            hint = f" (did you mean {close[0]}?)" if close else ""
-            self.error(f"unknown setting {unknown[0]}{hint}; valid are {' '.join(names)}")
-        return vars(found)
+    items = [view.item(i, random.Random(i)) for i in range(context.rank, len(view), context.world)
+             for _ in range(copies)]
+    batches = [(torch.utils.data.default_collate(items[i:i + batch_size]), len(items[i:i + batch_size]))
+               for i in range(0, len(items), batch_size)]
+    most = math.ceil(math.ceil(len(view) / context.world) * copies / batch_size)
+    return batches + [(batches[0][0], 0)] * (most - len(batches))
 
 
-def true_or_false(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+@torch.no_grad()
+def evaluate(objective, batches, context, picture):
+    """-> the mean validation loss over all ranks; draws examples into the file `picture`."""
+    objective.eval()
+    total = torch.zeros(2, device=context.device)  # of losses, of weights
+    for batch, weight in batches:
+        with context.autocast():
+            loss, _ = objective(*context.to_device(batch))
+        total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * weight
+    total = context.all_reduce(total)
+    with context.autocast():  # on all ranks: a sharded model needs all of them
+        drawn = objective.picture(*context.to_device(batches[0][0]))
+    if context.rank == 0:
+        drawn.save(picture)
+    objective.train()
+    return (total[0] / total[1]).item()
 
 
-def int_tuple(text):
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
+@dataclass
+class Schedule:
+    """How many images a step sees, how many steps a stage takes, and the learning rate of each."""
+    config: TrainConfig
+    world: int = 1  # ranks
+    n: int = 0  # training images, for --epochs
+
+    def __post_init__(self):
+        c = self.config
+        self.samples_per_step = self.world * c.batch_size * c.gradient_accumulation_steps
+        self.max_iters = math.ceil(c.epochs * self.n / self.samples_per_step) if c.epochs else c.max_iters
+        self.peak_lr = c.learning_rate * (self.samples_per_step if c.scale_lr else 1)
+
+    def get_lr(self, step, val_losses=()):
+        """Linear warm-up, then a cosine from learning_rate down to min_lr, or halved at every plateau."""
+        c = self.config
+        if step < c.warmup_iters:
+            return self.peak_lr * (step + 1) / c.warmup_iters
+        if c.schedule == "plateau":
+            return max(c.min_lr, self.peak_lr * 0.5 ** count_plateaus(val_losses))
+        share = (step - c.warmup_iters) / max(1, self.max_iters - c.warmup_iters)
+        return c.min_lr + (self.peak_lr - c.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-# How a setting of each type is read: conversion, how the help calls it, what else argparse should know.
-kinds = {int: (int, "int", {}), float: (float, "float", {}), str: (str, "text", {}),
-         bool: (true_or_false, "bool", {"nargs": "?", "const": True}),
-         tuple[int, ...]: (int_tuple, "int,int,...", {}), tuple[str, ...]: (str, "text", {"nargs": "+"})}
+def count_plateaus(losses, patience=10, cooldown=10):
+    """
+    How often more than `patience` losses in a row were no new best, by 1 in 10,000; behind each such plateau
+    `cooldown` losses do not count. As torch.optim.lr_scheduler.ReduceLROnPlateau has it.
+    """
+    plateaus, best, bad, pause = 0, math.inf, 0, 0
+    for loss in losses:
+        better = loss < best * (1 - 1e-4)
+        best = loss if better else best
+        bad = 0 if better or pause else bad + 1
+        pause = max(0, pause - 1)
+        if bad > patience:
+            plateaus, bad, pause = plateaus + 1, 0, cooldown
+    return plateaus
 
 
-def preset_values(preset, stage):
-    if preset not in PRESETS:
-        raise ValueError(f"--preset {preset!r} is none of: {', '.join(PRESETS)}")
-    return {**PRESETS[preset].get("", {}), **PRESETS[preset].get(stage, {})}
+class Stopped(Exception):
+    """A signal asked for the end; args: what to say, the signal's number."""
 
 
-def configure(given, stage, *classes):
-    """Settings of one stage, an instance of each class: its defaults < the preset's < what was given."""
-    preset = preset_values(given.get("preset", TrainConfig.preset), stage)
-    return [filled(cls, {**preset, **given}) for cls in classes]
+class Signals:
+    """SIGTERM and SIGINT while training: the first lets the loop finish its step and save, a second kills."""
 
+    def __enter__(self):
+        self.number, self.caught_at = 0, 0.0
+        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT") if hasattr(signal, name)]
+        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        return self
 
-def filled(cls, values):
-    """A config class with those of its fields that are among the values."""
-    return cls(**{f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values})
+    def catch(self, number, _frame):
+        # Ctrl-C reaches a rank from the terminal and from torchrun: what comes within a second is one signal.
+        if self.number and time.monotonic() - self.caught_at > 1:
+            os._exit(128 + number)
+        if not self.number:
+            self.number, self.caught_at = number, time.monotonic()
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 # -----------------------------------------------------------------------------
-# Checkpoints
+# One step
 
-def older_checkpoints(path):
-    """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
-    stem = os.fspath(path).removesuffix(".pt")
-    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name)
-             for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
-    return {int(match[1]): match[0] for match in found if match}
+class Trainer:
+    """An objective on its device, wrapped for DDP, FSDP or torch.compile, with what a step needs."""
 
+    def __init__(self, objective, settings, context, saved=None):
+        self.objective, self.config, self.context = objective, settings.train, context
+        if saved:
+            objective.model.load_state_dict(saved["model"])
+        objective.to(context.device).train()
+        if self.config.checkpoint_activations:
+            checkpoint_activations(objective.model)
+        if settings.sharded:
+            shard(objective.model)
+        self.optimizer = make_optimizer(objective.model, self.config, context)
+        self.scaler = context.scaler()
+        torch.manual_seed(self.config.seed + context.rank)
+        if saved:
+            load_optimizer(self.optimizer, saved["optimizer"])
+            if saved["scaler"]:  # empty where the run was in another type than float16 until now
+                self.scaler.load_state_dict(saved["scaler"])
+            context.restore_random_state(saved["random"])
+            context.print0(f"resuming at step {saved['progress']['step']}")
+        self.wrapped = torch.compile(objective) if self.config.compile else objective
+        if context.world > 1 and not settings.sharded:
+            self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
 
-def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
-    """
-    Write a dict of tensors and plain values. `previous`, the step of the file at path, moves to a name of its
-    own first, so that a whole checkpoint is always there; `keep` of those stay. The best is copied aside.
-    """
-    stem = os.fspath(path).removesuffix(".pt")
-    aside = None if previous is None else f"{stem}_{previous:08d}.pt"
-    with data.atomic_write(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
-        torch.save(checkpoint, f)
-    if best:
-        with open(path, "rb") as f, data.atomic_write(f"{stem}_best.pt", part=f"{path}.part") as copy:
-            shutil.copyfileobj(f, copy)
-    for _, old in sorted(older_checkpoints(path).items(), reverse=True)[keep:]:
-        os.remove(old)
-
-
-def latest_checkpoint(path, stage, print0=print):
-    """
-    The newest checkpoint of a stage that can be read, and whether it is the one at path; (None, False) where
-    there is none at all. Says which it had to pass over.
-    """
-    older = [old for _, old in sorted(older_checkpoints(path).items(), reverse=True)]
-    there = [p for p in (path, *older) if os.path.exists(p)]
-    for i, candidate in enumerate(there):
-        try:
-            checkpoint = load_checkpoint(candidate, stage)
-        except ValueError as e:
-            if i + 1 == len(there):
-                raise
-            print0(f"warning: {e}; going back to {there[i + 1]}")
-        else:
-            return checkpoint, candidate == path
-    return None, False
-
-
-def load_checkpoint(path, stage):
-    """
-    The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
-    Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
-    """
-    if not os.path.exists(path):
-        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
-    checkpoint = safe_load(path)
-    if "stage" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this project")
-    if checkpoint["stage"] != stage:
-        raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
-    return checkpoint
-
-
-def build_model(cls, config_cls, checkpoint):
-    """A model as a checkpoint describes it, in eval mode on the CPU."""
-    model = cls(config_cls(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
-    return model.eval()
-
-
-def load_augvae(path):
-    """
-    The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
-    Raises ValueError where it is neither.
-    """
-    checkpoint = safe_load(path)
-    if "state_dict" in checkpoint:  # Lightning's name
-        return from_lightning(AugVAE, checkpoint, path)
-    stage = checkpoint.get("stage", "something else")
-    if stage not in ("augvae_ml", "augvae_sl"):
-        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
-    return build_model(AugVAE, AugVAEConfig, checkpoint)
-
-
-def fingerprint(model):
-    """Short hash of all weights, by which a checkpoint names the model it belongs to."""
-    h = hashlib.sha256()
-    for tensor in model.state_dict().values():
-        h.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return h.hexdigest()[:16]
+    def step(self, micro_batches, lr, progress, signals=None):
+        """
+        One optimizer step on this rank's micro-batches, all ranks together. -> whether any rank has caught a
+        signal. A step whose loss or gradient is not finite is skipped, and counted in progress.
+        """
+        context, n, total, parts = self.context, self.config.gradient_accumulation_steps, 0.0, {}
+        for i, batch in enumerate(micro_batches):
+            last = i == n - 1 or not isinstance(self.wrapped, DistributedDataParallel)
+            with contextlib.nullcontext() if last else self.wrapped.no_sync():
+                with context.autocast():
+                    loss, parts = self.wrapped(*context.to_device(batch))
+                self.scaler.scale(loss / n).backward()
+            total = total + loss.detach() / n
+        self.scaler.unscale_(self.optimizer)
+        parameters = self.objective.model.parameters()
+        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
+        caught = float(signals is not None and signals.number > 0)
+        status = torch.stack([total.float() / context.world, torch.tensor(caught, device=total.device)])
+        loss, stopping = context.all_reduce(status).tolist()
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        if not skipped:
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        parts = {**parts, **self.objective.after_step(skipped)}
+        progress.step, progress.val_loss = progress.step + 1, None
+        progress.loss, progress.loss_max = loss, max(progress.loss_max, loss)
+        progress.grad_norm, progress.parts = norm, {name: float(value) for name, value in parts.items()}
+        progress.skipped += skipped
+        progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if skipped else 0
+        return stopping > 0
 
 
 # -----------------------------------------------------------------------------
-# Where and how to compute
-
-class Context:
-    """Device, precision and the place of this process among all that torchrun started."""
-
-    def __init__(self, device, dtype, wide):
-        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        if device == "cuda" and self.world > 1:
-            device = f"cuda:{os.environ['LOCAL_RANK']}"
-        try:
-            self.device = torch.device(device)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as e:
-            raise ValueError(f"--device {device!r} cannot be used here ({str(e).splitlines()[0]})") from None
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-        if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"--dtype {dtype!r} is none of: auto, float32, bfloat16, float16")
-        if dtype == "float16" and self.device.type == "cpu":
-            raise ValueError("--dtype float16 needs a GPU: on a CPU it is float32 or bfloat16")
-        if dtype == "auto":
-            if self.device.type == "cuda":
-                dtype = "bfloat16" if self.can(self.multiply_bfloat16) else "float16"
-            else:  # autocast's casts cost a small model more than its products gain
-                dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
-        self.dtype = getattr(torch, dtype)
-
-    def works(self, trial):
-        """Whether something works here, found out by doing it: CUDA-like builds differ in what they lack."""
-        try:
-            trial()
-        except (RuntimeError, TypeError, ValueError, NotImplementedError):
-            return False
-        return True
-
-    def multiply_bfloat16(self):
-        x = torch.ones(16, 16, device=self.device, dtype=torch.bfloat16)
-        if (x @ x)[0, 0].item() != 16 or not torch.cuda.is_bf16_supported():
-            raise RuntimeError("no bfloat16, or emulated")
-
-    def step_fused(self):
-        p = torch.ones(1, device=self.device, requires_grad=True)
-        p.grad = torch.ones_like(p)
-        torch.optim.AdamW([p], fused=True).step()
-
-    def scaler(self):
-        """Loss scaling, which float16 needs; it does nothing for other types."""
-        enabled = self.dtype is torch.float16
-        if hasattr(torch.amp, "GradScaler"):  # from torch 2.3 on
-            return torch.amp.GradScaler(self.device.type, enabled=enabled)
-        return torch.cuda.amp.GradScaler(enabled=enabled)
-
-    def autocast(self):
-        if self.dtype is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
-    def all_reduce(self, tensor):
-        """Add a tensor up over all ranks, in place."""
-        if self.world > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def timeit(self, function):
-        """How long a call takes, what it leaves the device to do included."""
-        self.synchronize()
-        began = time.perf_counter()
-        function()
-        self.synchronize()
-        return time.perf_counter() - began
-
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def peak_gb(self):
-        """Most memory held so far, GB of 2^30 bytes: of tensors on a GPU, of the whole process on a CPU."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-    def device_name(self):
-        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu"
-
-    def barrier(self):
-        """For all ranks to have come this far."""
-        self.all_reduce(torch.zeros(1, device=self.device))
-
-    def all_gather(self, value):
-        """What every rank has, as a list; values are small and picklable."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
-    def random_state(self):
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-    def restore_random_state(self, states):
-        """Go on with this rank's own; a rank that the saved run did not have keeps what its seed gave it."""
-        if self.rank < len(states):
-            torch.set_rng_state(states[self.rank]["cpu"])
-            if self.device.type == "cuda" and states[self.rank]["cuda"] is not None:
-                torch.cuda.set_rng_state(states[self.rank]["cuda"], self.device)
-
-    def print0(self, *text):
-        if self.rank == 0:
-            print(*text, flush=True)
-
-
-def cpu_flags():
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line.split() for line in f if line.startswith("flags")), [])
-    except OSError:
-        return []
-
-
-# -----------------------------------------------------------------------------
-# Stages: what the one loop below trains
+# Stages: what the loop trains
 
 class AugVAEObjective(nn.Module):
     """Pixel loss + LPIPS, if asked for, + commitment. forward((images,)) -> loss, {part: value}."""
@@ -465,11 +430,7 @@ class AugVAEObjective(nn.Module):
 
     def __init__(self, vae, config):
         super().__init__()
-        losses = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # pixel loss, and whether with LPIPS
-                  "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
-        if config.loss not in losses:
-            raise ValueError(f"--loss {config.loss!r} is none of: {', '.join(losses)}")
-        pixel_loss, perceptual = losses[config.loss]
+        pixel_loss, perceptual = LOSSES[config.loss]
         self.model = vae
         self.terms = {"pixel": (1.0, pixel_loss)}  # weight and loss
         if perceptual:
@@ -518,87 +479,44 @@ class BiARTObjective(nn.Module):
         vae, tokenizer = self.helpers
         text, image = text[:16:2], image[:16:2]
         painted = self.model.generate(text, "image")
-        said = self.model.generate(image, "text")
+        written = self.model.generate(image, "text")
         side = self.model.config.image_side
         pixels = torch.cat([vae.decode([codes.view(-1, side, side)]) for codes in (painted, image)])
-        captions = [tokenizer.decode(ids.tolist()) for ids in torch.cat([text, said])]
+        captions = [tokenizer.decode(ids.tolist()) for ids in torch.cat([text, written])]
         return data.contact_sheet([data.to_image(x) for x in pixels], captions, columns=len(text))
 
 
-def read_augvae(name, given):
-    """
-    The AugVAE of --init_from, or else the one that the stage of that name left in out_dir.
-    Raises ValueError where it contradicts what was asked for.
-    """
-    config = configure(given, name, TrainConfig)[0]
-    path = config.init_from or os.path.join(config.out_dir, f"{name}.pt")
-    if config.init_from:
-        vae = load_augvae(path)
+def prepare_augvae(settings, train_set, val_set, _context):
+    """-> objective, (training view, validation view), parents: fingerprints of what its tokens come from."""
+    config = settings.train
+    if settings.stage == "augvae_ml" and not config.init_from:
+        vae = AugVAE(settings.augvae)
     else:
-        vae = build_model(AugVAE, AugVAEConfig, load_checkpoint(path, name))
-    has = dataclasses.asdict(vae.config)
-    if vae.config.single_level:
-        has["token_grid"] = vae.config.single_level
-    for key, value in has.items():
-        if given.get(key, value) != value:
-            raise ValueError(f"--{key} {given[key]} contradicts {path}, which has {value}")
-    return vae
-
-
-def bad_images(config, stage):
-    """Where a stage notes what data it could not read."""
-    return os.path.join(config.out_dir, f"{stage}_bad_images.log")
-
-
-def prepare_augvae(stage, given, train_data, val_data, _context):
-    """-> objective, training view, validation view, what the checkpoint says of the models it belongs to."""
-    config, data_config, vae_config = configure(given, stage, TrainConfig, DataConfig, AugVAEConfig)
-    if stage == "augvae_ml" and not config.init_from:
-        vae = AugVAE(vae_config)
-    else:
-        vae = read_augvae("augvae_ml", given)
-    if stage == "augvae_ml" and vae.config.single_level:
+        vae = read_augvae("augvae_ml", settings)
+    if settings.stage == "augvae_ml" and vae.config.single_level:
         raise ValueError(f"{config.init_from} is AugVAE-SL, of which no AugVAE-ML can be made: "
                          "--stage augvae_sl trains it, --stage biart uses it")
-    if stage == "augvae_sl" and not vae.config.single_level:
+    if settings.stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
     size = vae.config.image_size
-    views = (data.Pixels(train_data, size, data_config.crop_scale, data_config.crop_of),
-             data.Pixels(val_data, size, 1.0))
-    return AugVAEObjective(vae, config), *views, {}
+    views = (data.Pixels(train_set, size, settings.data.crop_scale, settings.data.crop_of),
+             data.Pixels(val_set, size, 1.0))
+    return AugVAEObjective(vae, config), views, {}
 
 
-def prepare_biart(stage, given, train_data, val_data, context):
-    """As prepare_augvae: trains or reads (--resume, --tokenizer) the tokenizer, encodes both data sets."""
-    config, data_config, biart_config = configure(given, stage, TrainConfig, DataConfig, BiARTConfig)
-    log = bad_images(config, stage)
+def prepare_biart(settings, train_set, val_set, context):
+    """As prepare_augvae. Both data sets are encoded to tokens here, unless an earlier run has done it."""
+    config = settings.train
     if config.batch_size % 2:
         raise ValueError(f"--batch_size {config.batch_size} is odd: "
                          "half of every batch runs in each direction")
-    vae = read_augvae("augvae_sl", given).to(context.device)
+    vae = read_augvae("augvae_sl", settings).to(context.device)
     if not vae.config.single_level:
         raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: "
                          "--stage augvae_sl makes it of that")
-    path = os.path.join(config.out_dir, "tokenizer.json")
-    given_tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
-    if config.resume and os.path.exists(path):
-        tokenizer = Tokenizer.load(path)
-        if given_tokenizer and given_tokenizer.fingerprint() != tokenizer.fingerprint():
-            raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, which the run began with")
-    elif given_tokenizer:
-        tokenizer = given_tokenizer
-        if context.rank == 0:
-            tokenizer.save(path)
-    else:
-        began = time.time()
-        texts = data.all_captions(train_data, log)
-        tokenizer = Tokenizer.train(texts, config.vocab_size)
-        context.print0(f"tokenizer: {len(tokenizer)} tokens from {len(texts):,} captions "
-                    f"in {time.time() - began:.1f} s")
-        if context.rank == 0:
-            tokenizer.save(path)
+    tokenizer = prepare_tokenizer(settings, train_set, context)
     biart_config = dataclasses.replace(
-        biart_config, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
+        settings.biart, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
         image_vocab=vae.config.codebook_size, image_side=vae.config.single_level)
 
     @torch.no_grad()
@@ -606,54 +524,459 @@ def prepare_biart(stage, given, train_data, val_data, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    def add(tensor):
+    def all_reduce(tensor):
         return context.all_reduce(tensor.to(context.device)).cpu()
 
-    views, key = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
-    own = not config.cache_tokens
-    splits = ("train", train_data, config.cache_crops, biart_config.null_prob), ("val", val_data, 1, 0.0)
+    views, parents = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    splits = ("train", train_set, config.cache_crops, biart_config.null_prob), ("val", val_set, 1, 0.0)
     for split, dataset, crops, null_prob in splits:
         source = data.TokenCacheSource(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
-                                data_config.crop_scale, log, data_config.workers)
+                                       settings.data.crop_scale, settings.path("_bad_images.log"),
+                                       settings.data.workers)
         folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
-        data.build_token_cache(source, encode, folder, key, own, context.rank, context.world, add)
+        data.build_token_cache(source, encode, folder, parents, not config.cache_tokens, context.rank,
+                               context.world, all_reduce)
         views.append(data.Tokens(folder, null_prob))
-    objective = BiARTObjective(BiART(biart_config), vae, tokenizer)
-    return objective, *views, key
+    return BiARTObjective(BiART(biart_config), vae, tokenizer), views, parents
+
+
+def read_augvae(name, settings):
+    """
+    The AugVAE of --init_from, or else the one that the stage of that name left in out_dir.
+    Raises ValueError where it contradicts what was asked for.
+    """
+    path = settings.train.init_from or os.path.join(settings.train.out_dir, f"{name}.pt")
+    if not settings.train.init_from:
+        load_checkpoint(path, name)  # says which stage is missing
+    vae = load_augvae(path)
+    values = dataclasses.asdict(vae.config)
+    values["token_grid"] = vae.config.single_level or settings.train.token_grid
+    for key, value in values.items():
+        if settings.given.get(key, value) != value:
+            raise ValueError(f"--{key} {settings.given[key]} contradicts {path}, which has {value}")
+    return vae
+
+
+def prepare_tokenizer(settings, train_set, context):
+    """The run's own with --resume, or that of --tokenizer, or a new one of all training captions."""
+    config, path = settings.train, os.path.join(settings.train.out_dir, "tokenizer.json")
+    given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    if config.resume and os.path.exists(path):
+        tokenizer = Tokenizer.load(path)
+        if given and given.fingerprint() != tokenizer.fingerprint():
+            raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, which the run began with")
+        return tokenizer
+    tokenizer, began = given, time.time()
+    if not tokenizer:
+        captions = data.all_captions(train_set, settings.path("_bad_images.log"))
+        tokenizer = Tokenizer.train(captions, config.vocab_size)
+        context.print0(f"tokenizer: {len(tokenizer)} tokens from {len(captions):,} captions "
+                       f"in {time.time() - began:.1f} s")
+    if context.rank == 0:
+        tokenizer.save(path)
+    return tokenizer
 
 
 # -----------------------------------------------------------------------------
-# The loop
+# Settings: one command line, made from the fields of the dataclasses
 
-def get_lr(step, config, factor=1.0):
-    """Linear warm-up, then a cosine from learning_rate down to min_lr at max_iters, or a Plateau's factor."""
-    if step < config.warmup_iters:
-        return config.learning_rate * (step + 1) / config.warmup_iters
-    if config.schedule == "plateau":
-        return max(config.min_lr, config.learning_rate * factor)
-    share = (step - config.warmup_iters) / max(1, config.max_iters - config.warmup_iters)
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+class Settings(NamedTuple):
+    """All settings of one stage, made once: a class's defaults < the preset's < what was given."""
+    stage: str
+    given: dict  # what the command line said
+    train: TrainConfig
+    data: DataConfig
+    augvae: AugVAEConfig
+    biart: BiARTConfig
+
+    def path(self, ending):
+        """A file of this stage in the run's folder."""
+        return os.path.join(self.train.out_dir, f"{self.stage}{ending}")
+
+    @property
+    def wide(self):
+        """Whether the model is so wide that bfloat16 on a CPU gains more than autocast's casts cost."""
+        return self.biart.n_embd >= 512 if self.stage == "biart" else self.augvae.hidden >= 64
+
+    @property
+    def sharded(self):
+        return self.train.shard and self.stage == "biart"
 
 
-@dataclass
-class Plateau:
+CONFIGS = TrainConfig, DataConfig, AugVAEConfig, BiARTConfig
+
+
+def configure(given, stage, *classes):
     """
-    Halves `factor` after more than 10 losses in a row with no new best, by 1 in 10,000; then 10 do not count.
-    Like torch.optim.lr_scheduler.ReduceLROnPlateau(factor=0.5, patience=10, cooldown=10), in plain numbers.
+    Settings of one stage, an instance of each class: its defaults < the preset's < what was given.
+    Raises ValueError where one is outside its class's `limits` (intervals) or none of its `choices`.
     """
-    factor: float = 1.0
-    best: float = math.inf
-    bad: int = 0
-    cooldown: int = 0
+    preset = given.get("preset", TrainConfig.preset)
+    values = {**preset_values(preset, stage), **given}
+    return [from_values(cls, values) for cls in classes]
 
-    def step(self, loss):
-        better = loss < self.best * (1 - 1e-4)
-        self.best = loss if better else self.best
-        self.bad = 0 if better or self.cooldown else self.bad + 1
-        self.cooldown = max(0, self.cooldown - 1)
-        if self.bad > 10:
-            self.factor, self.bad, self.cooldown = self.factor / 2, 0, 10
 
+def preset_values(preset, stage):
+    if preset not in PRESETS:
+        raise ValueError(f"--preset {preset!r} is none of: {', '.join(PRESETS)}")
+    return {**PRESETS[preset].get("", {}), **PRESETS[preset].get(stage, {})}
+
+
+def from_values(cls, values):
+    """A config class with those of its fields that are among the values, checked."""
+    names = {f.name for f in dataclasses.fields(cls)}
+    values = {name: value for name, value in values.items() if name in names}
+    for name, value in values.items():
+        choices, interval = (getattr(cls, kind, {}).get(name) for kind in ("choices", "limits"))
+        if choices and value not in choices:
+            raise ValueError(f"--{name} {value!r} is none of: {', '.join(choices)}")
+        for number in value if isinstance(value, tuple) else [value] if interval else []:
+            if interval and not in_interval(number, interval):
+                raise ValueError(f"--{name} {number} is not in {interval}")
+    return cls(**values)
+
+
+def in_interval(value, interval):
+    """(0.5, "(0, 1]") -> True. A bracket includes its end, a parenthesis does not; NaN is in none."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    closed = {low} if interval[0] == "[" else set()
+    return low < value < high or value in closed | ({high} if interval[-1] == "]" else set())
+
+
+class Parser(argparse.ArgumentParser):
+    """
+    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the
+    result. The help is the comment behind the field; a comment on a line of its own begins a group.
+    """
+
+    def __init__(self, classes, defaults, **kwargs):
+        super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs,
+                         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                             prog, max_help_position=38, width=170))
+        for cls in classes:
+            comments, groups = field_comments(cls), {}
+            for f in dataclasses.fields(cls):
+                if f.metadata.get("derived"):
+                    continue
+                title, note = comments[f.name]
+                if title not in groups:
+                    groups[title] = self.add_argument_group(title)
+                read, metavar, extra = ARGUMENT_KINDS[f.type]
+                note = f"{note} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
+                groups[title].add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS,
+                                           metavar=metavar, help=note, **extra)
+
+    def settings(self, argv):
+        """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            names = sorted(s for a in self._actions for s in a.option_strings)
+            name = unknown[0].split("=")[0]
+            close = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean {close[0]}?)" if close else ""
+            self.error(f"unknown setting {unknown[0]}{hint}; valid are {' '.join(names)}")
+        return vars(found)
+
+
+def field_comments(cls):
+    """Dataclass -> {field: (title of its group, the comment behind it)}, from its source."""
+    source = inspect.getsource(cls)
+    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
+                if token.type == tokenize.COMMENT}
+    title, found = cls.__name__.removesuffix("Config"), {}
+    for node in ast.parse(source).body[0].body:
+        if isinstance(node, ast.AnnAssign):
+            above, behind = comments.get(node.lineno - 1), comments.get(node.end_lineno)
+            if above and above.line.lstrip().startswith("#"):
+                title = above.string.lstrip("# ")
+            found[node.target.id] = title, behind.string.lstrip("# ") if behind else ""
+    return found
+
+
+def true_or_false(text):
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() in ("true", "1", "yes")
+
+
+def int_tuple(text):
+    try:
+        return tuple(int(part) for part in text.replace(",", " ").split())
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
+
+
+# How a setting of each type is read: conversion, how the help calls it, what else argparse should know.
+ARGUMENT_KINDS = {int: (int, "int", {}), float: (float, "float", {}), str: (str, "text", {}),
+                  bool: (true_or_false, "bool", {"nargs": "?", "const": True}),
+                  tuple[int, ...]: (int_tuple, "int,int,...", {}),
+                  tuple[str, ...]: (str, "text", {"nargs": "+"})}
+
+
+# -----------------------------------------------------------------------------
+# Checkpoints
+
+def save(path, settings, trainer, progress, schedule, parents, saved_step):
+    """Write all that resume() needs. saved_step: that of the checkpoint at path, if it is of this run."""
+    context, model = trainer.context, trainer.objective.model
+    content = {
+        "stage": settings.stage, "settings": dict(settings.given), **parents,
+        "config": dataclasses.asdict(model.config),
+        "model": full_state_dict(model.state_dict(), context.rank),
+        "optimizer": full_state_dict(trainer.optimizer.state_dict(), context.rank),
+        "scaler": trainer.scaler.state_dict(), "progress": dataclasses.asdict(progress),
+        "samples_per_step": schedule.samples_per_step, "random": context.all_gather(context.random_state())}
+    if context.rank == 0:
+        save_checkpoint(path, content, saved_step, settings.train.keep,
+                        best=progress.val_loss == min(progress.val_losses))
+        for stale in older_checkpoints(path).values() if progress.step == 0 else ():
+            os.remove(stale)  # of another run, over which --overwrite starts this one
+    context.barrier()  # or another rank would look for what is not yet there
+
+
+def check_parents(saved, path, model, parents):
+    """Raises ValueError where a checkpoint is of another model than the present settings describe."""
+    for key, value in {**parents, "config": dataclasses.asdict(model.config)}.items():
+        if saved[key] != value:
+            raise ValueError(f"{path} belongs to another {key} ({saved[key]}) than the present one ({value})")
+
+
+def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
+    """
+    Write a dict of tensors and plain values. `previous`, the step of the file at path, moves to a name of its
+    own first, so that a whole checkpoint is always there; `keep` of those stay. The best is copied aside.
+    """
+    stem = os.fspath(path).removesuffix(".pt")
+    aside = None if previous is None else f"{stem}_{previous:08d}.pt"
+    with data.atomic_write(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
+        torch.save(checkpoint, f)
+    if best:
+        with open(path, "rb") as f, data.atomic_write(f"{stem}_best.pt", part=f"{path}.part") as copy:
+            shutil.copyfileobj(f, copy)
+    for _, old in sorted(older_checkpoints(path).items(), reverse=True)[keep:]:
+        os.remove(old)
+
+
+def older_checkpoints(path):
+    """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
+    stem = os.fspath(path).removesuffix(".pt")
+    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name)
+             for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
+    return {int(match[1]): match[0] for match in found if match}
+
+
+def latest_checkpoint(path, stage, print0=print):
+    """
+    The newest checkpoint of a stage that can be read, and its step where it is the one at path; (None, None)
+    where there is none at all. Says which it had to pass over.
+    """
+    older = [old for _, old in sorted(older_checkpoints(path).items(), reverse=True)]
+    there = [p for p in (path, *older) if os.path.exists(p)]
+    for i, candidate in enumerate(there):
+        try:
+            checkpoint = load_checkpoint(candidate, stage)
+        except ValueError as e:
+            if i + 1 == len(there):
+                raise
+            print0(f"warning: {e}; going back to {there[i + 1]}")
+        else:
+            return checkpoint, checkpoint["progress"]["step"] if candidate == path else None
+    return None, None
+
+
+def load_checkpoint(path, stage):
+    """
+    The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
+    Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
+    checkpoint = safe_load(path)
+    if "stage" not in checkpoint:
+        raise ValueError(f"{path} is not a checkpoint of this project")
+    if "progress" not in checkpoint:
+        raise ValueError(f"{path} was written by an older version of this project: train it anew")
+    if checkpoint["stage"] != stage:
+        raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
+    return checkpoint
+
+
+def build_model(cls, config_cls, checkpoint):
+    """A model as a checkpoint describes it, in eval mode on the CPU."""
+    model = cls(config_cls(**checkpoint["config"]))
+    model.load_state_dict(checkpoint["model"])
+    return model.eval()
+
+
+def load_augvae(path):
+    """
+    The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
+    Raises ValueError where it is neither.
+    """
+    checkpoint = safe_load(path)
+    if "state_dict" in checkpoint:  # Lightning's name
+        return from_lightning(AugVAE, checkpoint, path)
+    stage = checkpoint.get("stage", "something else")
+    if stage not in ("augvae_ml", "augvae_sl"):
+        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
+    return build_model(AugVAE, AugVAEConfig, load_checkpoint(path, stage))
+
+
+def fingerprint(model):
+    """Short hash of all weights, by which a checkpoint names the model it belongs to."""
+    h = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        h.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return h.hexdigest()[:16]
+
+
+# -----------------------------------------------------------------------------
+# Where and how to compute
+
+class Context:
+    """Device, precision and the place of this process among all that torchrun started."""
+
+    def __init__(self, device, dtype, wide):
+        self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "mps" if works(try_step, "mps") else "cpu"
+        if device == "cuda":  # set_device wants an index
+            device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        try:
+            self.device = torch.device(device)
+            torch.zeros(1, device=self.device)
+        except (RuntimeError, AssertionError) as e:
+            raise ValueError(f"--device {device!r} cannot be used here ({str(e).splitlines()[0]})") from None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")  # TF32; the codebook's search asks for more by itself
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if dtype == "auto" and self.device.type == "cuda":
+            dtype = "bfloat16" if works(try_bfloat16, self.device) else "float16"
+        elif dtype == "auto":  # autocast's casts cost a small model more than its products gain
+            dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
+        self.dtype = getattr(torch, dtype)
+        if dtype == "float16" and self.device.type != "cuda" or not works(self.autocast):
+            raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: float16 needs a CUDA device, "
+                             "and bfloat16 a CUDA device or a CPU")
+
+    def autocast(self):
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def scaler(self):
+        """Loss scaling, which float16 needs; it does nothing for other types."""
+        enabled = self.dtype is torch.float16
+        if hasattr(torch.amp, "GradScaler"):  # from torch 2.3 on
+            return torch.amp.GradScaler(self.device.type, enabled=enabled)
+        return torch.cuda.amp.GradScaler(enabled=enabled)
+
+    def to_device(self, batch):
+        return [x.to(self.device, non_blocking=True) for x in batch]
+
+    def all_reduce(self, tensor):
+        """Add a tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        """Wait for all ranks to have come this far. NCCL's sum only enqueues; looking at it waits."""
+        self.all_reduce(torch.zeros(1, device=self.device)).item()
+
+    def all_gather(self, value):
+        """What every rank has, as a list; values are small and picklable."""
+        values = [value] * self.world
+        if self.world > 1:
+            dist.all_gather_object(values, value)
+        return values
+
+    def print0(self, *text):
+        if self.rank == 0:
+            print(*text, flush=True)
+
+    def random_state(self):
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            state["device"] = getattr(torch, self.device.type).get_rng_state()
+        return state
+
+    def restore_random_state(self, states):
+        """Go on with this rank's own; a rank that the saved run did not have keeps what its seed gave it."""
+        state = states[self.rank] if self.rank < len(states) else {}
+        if "cpu" in state:
+            torch.set_rng_state(state["cpu"])
+        if self.device.type != "cpu" and "device" in state:
+            getattr(torch, self.device.type).set_rng_state(state["device"])
+
+    def timeit(self, function):
+        """Seconds that a call takes, with what it leaves the device to do."""
+        self.synchronize()
+        began = time.perf_counter()
+        function()
+        self.synchronize()
+        return time.perf_counter() - began
+
+    def synchronize(self):
+        if self.device.type != "cpu":
+            getattr(torch, self.device.type).synchronize()
+
+    def peak_gb(self):
+        """Most memory held so far, GB of 2^30 bytes: of tensors on CUDA, else of the process; no Windows."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 2 ** 30
+        with contextlib.suppress(ImportError):
+            import resource
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, else KB
+            return peak / 2 ** (30 if sys.platform == "darwin" else 20)
+        return math.nan
+
+    def device_name(self):
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type
+
+
+def works(trial, *args):
+    """Whether something works here, found out by doing it: devices and builds differ in what they lack."""
+    try:
+        trial(*args)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError):
+        return False
+    return True
+
+
+def try_step(device):
+    layers = nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 2)
+    nn.Sequential(*layers).to(device)(torch.ones(1, 2, 4, 4, device=device)).sum().backward()
+
+
+def try_bfloat16(device):
+    x = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
+    try:
+        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+    except TypeError:  # before torch 2.6, which counts no emulation
+        in_hardware = torch.cuda.is_bf16_supported()
+    if (x @ x)[0, 0].item() != 16 or not in_hardware:
+        raise RuntimeError("no bfloat16, or emulated")
+
+
+def try_fused_adamw(device):
+    p = torch.ones(1, device=device, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    torch.optim.AdamW([p], fused=True).step()
+
+
+def cpu_flags():
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next((line.split() for line in f if line.startswith("flags")), [])
+    except OSError:
+        return []
+
+
+# -----------------------------------------------------------------------------
+# Optimizer, and what spreads or saves memory
 
 def orthogonalise(matrix, steps=5):
     """(rows, columns) -> the same singular vectors, values 0.7 to 1.2: Newton-Schulz, by products alone."""
@@ -702,18 +1025,46 @@ def make_optimizer(model, config, context):
     groups = [{"params": hidden, "weight_decay": config.weight_decay, "orthogonal": True},
               {"params": decay, "weight_decay": config.weight_decay, "orthogonal": False},
               {"params": rest, "weight_decay": 0.0, "orthogonal": False}]
-    context.print0("{:,} parameters with orthogonal steps, {:,} others with weight decay, {:,} without".format(
-        *(sum(p.numel() for p in group["params"]) for group in groups)))
-    fused = {"fused": True} if context.works(context.step_fused) else {}  # on CPUs from torch 2.4 on
-    return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), **fused)
+    counts = [sum(p.numel() for p in group["params"]) for group in groups]
+    context.print0("{:,} parameters with orthogonal steps, {:,} others with weight decay, "
+                   "{:,} without".format(*counts))
+    fused = works(try_fused_adamw, context.device)  # on CPUs from torch 2.4 on
+    return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused or None)
 
 
-def checkpoint_activations(model):
-    """Blocks keep inputs alone and run again in the backward pass: much less memory for a third more time."""
-    for module in model.modules():
-        if isinstance(module, (Block, ResBlock)):
-            module.forward = functools.partial(torch.utils.checkpoint.checkpoint, module.forward,
-                                               use_reentrant=False)
+def load_optimizer(optimizer, state):
+    """
+    The averages of a saved state dict; of a sharded parameter, this rank's part. Learning rate, weight decay,
+    betas and whether it is fused stay as the present settings have them.
+    Raises ValueError where the state is of another optimizer.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
+        raise ValueError("--optimizer is another than the one that the run was saved with: keep that")
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for i, values in state["state"].items():
+        p = params[i]
+        if hasattr(p, "full_tensor"):
+            from torch.distributed.tensor import distribute_tensor
+            for key, value in values.items():
+                if value.shape == p.shape:
+                    values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
+    optimizer.load_state_dict({"state": state["state"], "param_groups": groups})
+
+
+def full_state_dict(tree, rank):
+    """
+    A state dict in which every sharded tensor is whole, on the CPU of rank 0; other ranks, which all must
+    ask for it too, get None for it. One tensor at a time is whole on a GPU.
+    """
+    if isinstance(tree, dict):
+        return {key: full_state_dict(value, rank) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [full_state_dict(value, rank) for value in tree]
+    if hasattr(tree, "full_tensor"):
+        whole = tree.full_tensor()
+        return whole.cpu() if rank == 0 else None
+    return tree
 
 
 def shard(model):
@@ -729,267 +1080,39 @@ def shard(model):
     register_fsdp_forward_method(model, "generate")
 
 
-def full_state_dict(tree):
-    """A state dict with every sharded tensor put together; all ranks must ask for it."""
-    if isinstance(tree, dict):
-        return {key: full_state_dict(value) for key, value in tree.items()}
-    if isinstance(tree, list):
-        return [full_state_dict(value) for value in tree]
-    return tree.full_tensor() if hasattr(tree, "full_tensor") else tree
+def checkpoint_activations(model):
+    """Blocks keep inputs alone and run again in the backward pass: less memory for a third more time."""
+    def checkpointed(forward):
+        def run(*args, **kwargs):
+            if not torch.is_grad_enabled():  # checkpoint() looks at the generator: no CUDA graph allows it
+                return forward(*args, **kwargs)
+            return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return run
+
+    for module in model.modules():
+        if isinstance(module, (Block, ResBlock)):
+            module.forward = checkpointed(module.forward)
 
 
-def load_optimizer(optimizer, state):
-    """Load full_state_dict()'s state dict, cutting up again what belongs to a sharded parameter."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, values in state["state"].items():
-        p = params[i]
-        if hasattr(p, "full_tensor"):
-            from torch.distributed.tensor import distribute_tensor
-            for key, value in values.items():
-                if value.shape == p.shape:
-                    values[key] = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-    optimizer.load_state_dict(state)
-
-
-class Stopped(Exception):
-    """A signal asked for the end; args: what to say, the signal's number."""
-
-
-class Signals:
-    """
-    SIGTERM and SIGINT while training: the first lets the loop finish its step and save, a second ends the
-    process at once.
-    """
-
-    def __enter__(self):
-        self.number, self.at = 0, 0.0
-        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def catch(self, number, _frame):
-        # Ctrl-C reaches a rank from the terminal and from torchrun: what comes within a second is one signal.
-        if self.number and time.monotonic() - self.at > 1:
-            os._exit(128 + number)
-        if not self.number:
-            self.number, self.at = number, time.monotonic()
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-def train_step(wrapped, objective, optimizer, scaler, config, context, batches, signals=None):
-    """
-    One optimizer step on this rank's micro-batches. -> the mean loss over ranks, the gradient's norm, the
-    parts of the loss, whether the step was skipped because one of these is not finite, and whether any rank
-    has caught a signal.
-    """
-    total, parts, micro = 0.0, {}, config.gradient_accumulation_steps
-    for i, batch in enumerate(batches):
-        last = i == micro - 1 or not isinstance(wrapped, DistributedDataParallel)
-        with contextlib.nullcontext() if last else wrapped.no_sync():
-            with context.autocast():
-                loss, parts = wrapped(*batch)
-            scaler.scale(loss / micro).backward()
-        total = total + loss.detach() / micro
-    scaler.unscale_(optimizer)
-    norm = float(full_state_dict(nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or math.inf)))
-    # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
-    caught = float(signals is not None and signals.number > 0)
-    status = torch.stack([total.float() / context.world, torch.tensor(caught, device=total.device)])
-    loss, stopping = context.all_reduce(status).tolist()
-    skip = not (math.isfinite(loss) and math.isfinite(norm))
-    if not skip:
-        scaler.step(optimizer)
-    scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    parts = {k: float(v) for k, v in {**parts, **objective.after_step(skip)}.items()}
-    return loss, norm, parts, skip, stopping
-
-
-def train(stage, given):
-    """Run one stage from its beginning, or, with --resume, from its last good checkpoint, to max_iters."""
-    config, data_config, vae_config, biart_config = configure(
-        given, stage, TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
-    if config.optimizer not in ("adamw", "muon"):
-        raise ValueError(f"--optimizer {config.optimizer!r} is none of: adamw, muon")
-    if config.schedule not in ("cosine", "plateau"):
-        raise ValueError(f"--schedule {config.schedule!r} is none of: cosine, plateau")
-    sharded = config.shard and stage == "biart"
-    if sharded and config.optimizer == "muon":
-        raise ValueError("--shard goes with --optimizer adamw: muon needs whole matrices")
-    wide = biart_config.n_embd >= 512 if stage == "biart" else vae_config.hidden >= 64
-    context = Context(config.device, config.dtype, wide)
-    micro = config.gradient_accumulation_steps
-    samples_per_step = context.world * config.batch_size * micro
-    if config.scale_lr:
-        config.learning_rate *= samples_per_step
-    path, log_path = os.path.join(config.out_dir, f"{stage}.pt"), bad_images(config, stage)
-    saved, newest = latest_checkpoint(path, stage, context.print0) if config.resume else (None, False)
-    os.makedirs(config.out_dir, exist_ok=True)
-    if not saved and context.rank == 0 and os.path.exists(log_path):
-        os.remove(log_path)
-    context.barrier()
-    datasets = [data.open_data(data_config, split, log_path) for split in ("train", "val")]
-    if config.epochs:
-        config.max_iters = math.ceil(config.epochs * len(datasets[0]) / samples_per_step)
-    if saved and saved["step"] >= config.max_iters:
-        context.print0(f"{stage}: done already, {saved['step']} steps")
-        return
-    if stage == "biart" and not all(d.captioned for d in datasets):
-        raise ValueError(f"--stage biart needs captions, and --data {data_config.data} has none here")
-    datasets[1] = data.validation_subset(datasets[1], config.eval_images, log_path)
-    if min(map(len, datasets)) < context.world:
-        raise ValueError(f"{min(map(len, datasets))} images are too few for {context.world} ranks")
-    torch.manual_seed(config.seed)  # all ranks build the same model
-    prepare = prepare_biart if stage == "biart" else prepare_augvae
-    objective, train_view, val_view, surroundings = prepare(stage, given, *datasets, context)
-    model = objective.model
-    context.print0(f"{stage}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, "
-                f"{len(train_view):,} training images, {context.world} x {config.batch_size} x {micro} "
-                f"images a step, {context.device}, {str(context.dtype)[6:]}")
-    start, samples, val_loss = 0, 0, None
-    on_disk = None  # the step of the checkpoint at path, where it is whole and of this run
-    tally = {"loss": 0.0, "loss_max": 0.0, "grad_norm": 0.0, "skipped": 0, "in_a_row": 0, "best": math.inf,
-             "parts": {}}
-    if saved:
-        for key, value in {**surroundings, "config": dataclasses.asdict(model.config)}.items():
-            if saved[key] != value:
-                raise ValueError(f"{path} belongs to another {key} ({saved[key]}) "
-                                 f"than the present one ({value})")
-        model.load_state_dict(saved["model"])
-        start, samples, val_loss, tally = saved["step"], saved["samples"], saved["val_loss"], saved["tally"]
-        on_disk = start if newest else None
-        context.print0(f"resuming at step {start}")
-        if len(saved["random"]) != context.world or saved["samples_per_step"] != samples_per_step:
-            context.print0(f"from now on {context.world} ranks instead of {len(saved['random'])}, "
-                        f"{samples_per_step} images a step instead of {saved['samples_per_step']}; "
-                        "the order of the data goes on where it was")
-    objective.to(context.device)
-    if config.checkpoint_activations:
-        checkpoint_activations(model)
-    if sharded:
-        shard(model)
-    optimizer, plateau, scaler = make_optimizer(model, config, context), Plateau(), context.scaler()
-    torch.manual_seed(config.seed + context.rank)
-    if saved:
-        load_optimizer(optimizer, saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
-        plateau = Plateau(**saved["plateau"])
-        context.restore_random_state(saved["random"])
-    del saved
-    wrapped = torch.compile(objective) if config.compile else objective
-    if context.world > 1 and not sharded:
-        wrapped = DistributedDataParallel(wrapped, broadcast_buffers=False)
-
-    def to_device(batch):
-        return [x.to(context.device, non_blocking=True) for x in batch]
-
-    mine = [val_view.item(i, random.Random(i)) for i in range(context.rank, len(val_view), context.world)
-            for _ in range(objective.copies)]
-    val_batches = [torch.utils.data.default_collate(mine[i:i + config.batch_size])
-                   for i in range(0, len(mine), config.batch_size)]
-
-    @torch.no_grad()
-    def evaluate():
-        objective.eval()
-        total = torch.zeros(2, device=context.device)
-        for batch in val_batches:
-            with context.autocast():
-                loss, _ = objective(*to_device(batch))
-            total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * len(batch[0])
-        total = context.all_reduce(total)
-        with context.autocast():
-            picture = objective.picture(*to_device(val_batches[0]))  # on all ranks: a sharded model needs all
-        if context.rank == 0:
-            picture.save(os.path.join(config.out_dir, f"{stage}_{step:06d}.png"))
-        objective.train()
-        return (total[0] / total[1]).item()
-
-    def save():
-        content = {
-            "stage": stage, "step": step, "samples": samples, "samples_per_step": samples_per_step,
-            "val_loss": val_loss, "config": dataclasses.asdict(model.config),
-            "model": full_state_dict(model.state_dict()), "optimizer": full_state_dict(optimizer.state_dict()),
-            "scaler": scaler.state_dict(), "tally": tally, "plateau": dataclasses.asdict(plateau),
-            "random": context.all_gather(context.random_state()), "settings": dict(given), **surroundings}
-        if context.rank == 0:
-            save_checkpoint(path, content, on_disk, config.keep,
-                            best=val_loss is not None and val_loss <= tally["best"])
-            for stale in older_checkpoints(path).values() if step == 0 else ():
-                os.remove(stale)  # of another run, over which --overwrite starts this one
-        context.barrier()  # or another rank would look for what is not yet there
-
-    log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
-    loader = data.batches(train_view, config.batch_size, config.seed, samples, context.rank, context.world,
-                          data_config.workers, data_config.shuffle_buffer, log_path)
-    objective.train()
-    began, spent, step = time.time(), 0.0, start
-    with Signals() as signals:
-        stopping = 0
-        while True:
-            due = step % config.eval_interval == 0 or step == config.max_iters
-            if due and val_loss is None:
-                val_loss = evaluate()
-                tally["best"] = min(tally["best"], val_loss)
-                plateau.step(val_loss)
-            lr = get_lr(step, config, plateau.factor)
-            if context.rank == 0 and step == 0:
-                print(f"{stage} 0/{config.max_iters} val {val_loss:.4f}", flush=True)
-            elif context.rank == 0 and (due or step == 1 or step % config.log_interval == 0):
-                speed = (step - start) * samples_per_step / spent if spent else 0.0
-                log.write(step, val_loss, lr, speed, tally)
-                eta = int((time.time() - began) / max(1, step - start) * (config.max_iters - step))
-                print(f"{stage} {step}/{config.max_iters} loss {tally['loss']:.4f} "
-                      + " ".join(f"{k} {v:.4g}" for k, v in tally["parts"].items())
-                      + (f" | skipped {tally['skipped']}" if tally["skipped"] else "")
-                      + (f" | val {val_loss:.4f}" if val_loss is not None else "")
-                      + f" | lr {lr:.1e} | {speed:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
-                tally["loss_max"] = 0.0
-            if (due or stopping) and step != on_disk:
-                if context.rank == 0 and due:
-                    log.draw()
-                save()
-                on_disk = step
-            if step == config.max_iters or stopping:
-                break
-
-            tick = time.time()
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batches = (to_device(next(loader)) for _ in range(micro))
-            loss, norm, parts, skip, stopping = train_step(
-                wrapped, objective, optimizer, scaler, config, context, batches, signals)
-            tally.update(loss=loss, loss_max=max(tally["loss_max"], loss), grad_norm=norm, parts=parts,
-                         skipped=tally["skipped"] + skip, in_a_row=tally["in_a_row"] + 1 if skip else 0)
-            step, samples, val_loss = step + 1, samples + samples_per_step, None
-            spent += time.time() - tick
-            if tally["in_a_row"] == 20:
-                raise ValueError(f"20 steps in a row, up to step {step}, gave no finite loss and gradient; "
-                                 f"{path} holds step {on_disk}, from before")
-    if stopping or signals.number:
-        raise Stopped(f"{stage} stopped at step {step}, saved to {path}; --resume goes on from there",
-                      signals.number or 15)
-    context.print0(f"{stage}: {step - start} steps in {time.time() - began:.0f} s, saved to {path}")
-    faults = data.count_read_errors(log_path)
-    if faults:
-        context.print0(f"{stage}: {faults:,} files could not be read or were damaged: {log_path} names them")
-
+# -----------------------------------------------------------------------------
+# The log
 
 class Log:
-    """{stem}.csv, a row a logged step, and {stem}_loss.png, the curve drawn from it."""
+    """{stem}.csv, a row a logged step; {stem}_loss.png, drawn from it; and a line on the screen. Rank 0's."""
 
-    def __init__(self, stem, parts, start):
-        self.stem = stem
+    def __init__(self, stem, parts, progress, schedule, context):
+        self.stem, self.stage = stem, os.path.basename(stem)
+        self.schedule, self.context = schedule, context
+        self.start, self.began, self.busy = progress.step, time.time(), 0.0  # busy: seconds in steps
         self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped",
                         *parts]
-        rows = [row for row in self.rows() if int(row["step"]) < start]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows)
-        with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
-            f.write(text.getvalue().encode())
+        if context.rank == 0:  # what comes again after --resume is dropped
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(row for row in self.rows() if int(row["step"]) < self.start)
+            with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
+                f.write(text.getvalue().encode())
 
     def rows(self):
         if not os.path.exists(f"{self.stem}.csv"):
@@ -997,48 +1120,60 @@ class Log:
         with open(f"{self.stem}.csv", newline="") as f:
             return [row for row in csv.DictReader(f) if row["step"].isdigit()]
 
-    def write(self, step, val_loss, lr, speed, tally):
-        """loss is that of the step itself, loss_max the highest since the row before."""
-        row = [step, f"{tally['loss']:.6g}", "" if val_loss is None else f"{val_loss:.6g}", f"{lr:.4g}",
-               f"{speed:.1f}", f"{tally['loss_max']:.6g}", f"{tally['grad_norm']:.4g}", tally["skipped"]]
-        parts = [f"{tally['parts'][k]:.5g}" if k in tally["parts"] else "" for k in self.columns[len(row):]]
-        with open(f"{self.stem}.csv", "a", newline="") as f:
-            csv.writer(f).writerow([*row, *parts])
-
-    def draw(self, width=640, height=360, margin=50):
-        """Training loss (grey) and validation loss (red) against steps, on a logarithmic scale."""
-        rows = self.rows()
-        curves = []
-        for name, colour in (("loss", (150, 150, 160)), ("val_loss", (214, 48, 49))):
-            points = [(int(r["step"]), float(r[name])) for r in rows if r[name]]
-            points = [(x, math.log10(y)) for x, y in points if y > 0 and math.isfinite(y)]
-            if points:
-                curves.append((name, colour, points))
-        if not curves:
+    def write(self, p, lr, draw=False):
+        """A Progress: its loss is that of the step itself, loss_max the highest since the row before."""
+        if self.context.rank:
             return
-        xs, ys = zip(*(p for _, _, points in curves for p in points))
-        low, high, right = min(ys), max(max(ys), min(ys) + 1e-3), max(max(xs), 1)
-        scale = 3  # drawn larger and reduced, for smooth lines
-        image = Image.new("RGB", (width * scale, height * scale), "white")
-        draw = ImageDraw.Draw(image)
-        font = data.font(13 * scale)
+        step, last, val = p.step, self.schedule.max_iters, p.val_loss
+        if step == 0:
+            print(f"{self.stage} 0/{last} val {val:.4f}", flush=True)
+            return
+        done = step - self.start
+        speed = done * self.schedule.samples_per_step / self.busy if self.busy else 0.0
+        eta = int((time.time() - self.began) / max(1, done) * (last - step))
+        row = [step, f"{p.loss:.6g}", "" if val is None else f"{val:.6g}", f"{lr:.4g}", f"{speed:.1f}",
+               f"{p.loss_max:.6g}", f"{p.grad_norm:.4g}", p.skipped]
+        row += [f"{p.parts[name]:.5g}" if name in p.parts else "" for name in self.columns[len(row):]]
+        with open(f"{self.stem}.csv", "a", newline="") as f:
+            csv.writer(f).writerow(row)
+        print(f"{self.stage} {step}/{last} loss {p.loss:.4f} "
+              + " ".join(f"{name} {value:.4g}" for name, value in p.parts.items())
+              + (f" | skipped {p.skipped}" if p.skipped else "")
+              + (f" | val {val:.4f}" if val is not None else "")
+              + f" | lr {lr:.1e} | {speed:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
+        p.loss_max = 0.0
+        if draw:
+            self.draw()
 
-        def at(x, y):
-            return ((margin + x / right * (width - 1.5 * margin)) * scale,
-                    (height - margin - (y - low) / (high - low) * (height - 1.6 * margin)) * scale)
+    def summary(self, progress):
+        return f"{progress.step - self.start} steps in {time.time() - self.began:.0f} s"
+
+    def draw(self, width=640, height=360, margin=50, scale=3):
+        """Training loss (grey) and validation loss (red), logarithmic; drawn larger and reduced."""
+        curves = [(name, colour, [(int(r["step"]), math.log10(float(r[name]))) for r in self.rows()
+                                  if r[name] and 0 < float(r[name]) < math.inf])
+                  for name, colour in (("loss", (150, 150, 160)), ("val_loss", (214, 48, 49)))]
+        points = [point for _, _, curve in curves for point in curve]
+        if not points:
+            return
+        right, low, high = max(x for x, _ in points), min(y for _, y in points), max(y for _, y in points)
+        image = Image.new("RGB", (width * scale, height * scale), "white")
+        draw, font = ImageDraw.Draw(image), data.font(13 * scale)
+
+        def at(x, y, dx=0, dy=0):  # a step and a logarithm -> pixels, with an offset
+            y = (y - low) / max(high - low, 1e-3)
+            return ((margin + x / right * (width - 1.5 * margin) + dx) * scale,
+                    (height - margin - y * (height - 1.6 * margin) + dy) * scale)
 
         for i in range(5):
-            y = low + (high - low) * i / 4
+            x, y = round(right * i / 4), low + (high - low) * i / 4
             draw.line([at(0, y), at(right, y)], fill=(225, 225, 225), width=scale)
-            draw.text((2 * scale, at(0, y)[1] - 8 * scale), f"{10 ** y:.3g}", fill="black", font=font)
-            x = round(right * i / 4)
-            draw.text((at(x, low)[0] - 10 * scale, (height - margin + 6) * scale), str(x),
-                      fill="black", font=font)
-        for i, (name, colour, points) in enumerate(curves):
-            draw.line([at(x, y) for x, y in points], fill=colour, width=2 * scale)
+            draw.text(at(0, y, 2 - margin, -8), f"{10 ** y:.3g}", fill="black", font=font)
+            draw.text(at(x, low, -10, 6), str(x), fill="black", font=font)
+        for i, (name, colour, curve) in enumerate(curves):
+            draw.line([at(x, y) for x, y in curve], fill=colour, width=2 * scale)
             draw.text(((margin + 10 + 90 * i) * scale, 4 * scale), name, fill=colour, font=font)
-        draw.text(((width - 2 * margin) * scale, 4 * scale), os.path.basename(self.stem),
-                  fill="black", font=font)
+        draw.text(((width - 2 * margin) * scale, 4 * scale), self.stage, fill="black", font=font)
         image.reduce(scale).save(f"{self.stem}_loss.png")
 
 
@@ -1064,30 +1199,25 @@ def timed(step, context, unit, units, rounds=5):
             "share_of_peak": flops / median / peak}
 
 
-def training_step(objective, config, context, *batch):
+def training_step(objective, config, context, batch):
     """A step of training as train() does it, on the same batch again and again."""
-    objective.train().to(context.device)
-    if config.checkpoint_activations:
-        checkpoint_activations(objective.model)
-    optimizer, scaler = make_optimizer(objective.model, config, context), context.scaler()
-    wrapped = torch.compile(objective) if config.compile else objective
-    batch = [x.to(context.device) for x in batch]
-    batches = [batch] * config.gradient_accumulation_steps
-    return lambda: train_step(wrapped, objective, optimizer, scaler, config, context, batches)
+    trainer = Trainer(objective, Settings("bench", {}, config, None, None, None), context)
+    micro_batches = [context.to_device(batch)] * config.gradient_accumulation_steps
+    return lambda: trainer.step(micro_batches, config.learning_rate, Progress())
 
 
 def bench_augvae(given, context):
     """A training step of AugVAE-ML; released: 256 pixels, 2 images."""
-    config, sizes = filled(TrainConfig, {"batch_size": 2, **given}), filled(AugVAEConfig, given)
+    config, sizes = from_values(TrainConfig, {"batch_size": 2, **given}), from_values(AugVAEConfig, given)
     images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
-    step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, images)
+    step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, [images])
     return {**timed(step, context, "images", len(images) * config.gradient_accumulation_steps, rounds=3),
             "size": list(images.shape)}
 
 
 def bench_codebook(given, context):
     """32,768 vectors of 256 against 8192 codes: forward, backward and the codebook's own step."""
-    config, sizes = filled(TrainConfig, {"batch_size": 8, **given}), filled(AugVAEConfig, given)
+    config, sizes = from_values(TrainConfig, {"batch_size": 8, **given}), from_values(AugVAEConfig, given)
     codebook = Codebook(sizes).to(context.device)
     z = torch.randn(config.batch_size, sizes.codebook_dim, 64, 64, device=context.device, requires_grad=True)
 
@@ -1102,24 +1232,16 @@ def bench_codebook(given, context):
 
 def bench_biart(given, context):
     """A training step of BiART, 12 layers of 512, on 64 + 1024 tokens, 2 samples: one each way."""
-    config = filled(TrainConfig, {"batch_size": 2, **given})
-    model = BiART(filled(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
+    config = from_values(TrainConfig, {"batch_size": 2, **given})
+    model = BiART(from_values(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
     c, B = model.config, config.batch_size
     text = torch.randint(0, c.end_token, (B, c.n_text))
     image = torch.randint(0, c.image_vocab, (B, c.n_image))
     null = torch.zeros(B, dtype=torch.bool)
-    step = training_step(BiARTObjective(model, None, None), config, context, text, image, null)
+    step = training_step(BiARTObjective(model, None, None), config, context, [text, image, null])
     T = c.n_text + c.n_image
     return {**timed(step, context, "tokens", B * T * config.gradient_accumulation_steps),
             "size": [c.n_layer, c.n_embd, T, B]}
-
-
-def photograph(width, height):
-    """Smooth colours and the grain of a camera, which as JPEG of quality 90 take 1.5 to 2 bits a pixel."""
-    smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), Image.BICUBIC)
-    turned = smooth.transpose(Image.ROTATE_180)
-    colours = Image.merge("RGB", (smooth, turned, smooth.transpose(Image.FLIP_LEFT_RIGHT)))
-    return Image.blend(colours, Image.effect_noise((width, height), 40).convert("RGB"), 0.1)
 
 
 def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
@@ -1135,30 +1257,43 @@ def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
     for width, height, count in sources:
         with tempfile.TemporaryDirectory() as folder:
             os.mkdir(os.path.join(folder, "class"))
-            for i in range(count):
-                photograph(width, height).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
-            view = data.Pixels(data.read_folder(folder), size, DataConfig.crop_scale)
-            peer = datasets.ImageFolder(folder, usual)
-            rates = {"ours": [], "torchvision": []}
+            for i in range(count):  # smooth colours and the grain of a camera: 1.5 to 2 bits a pixel
+                smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), 3)
+                turned = (smooth.transpose(way) for way in (Image.ROTATE_180, Image.FLIP_LEFT_RIGHT))
+                colours = Image.merge("RGB", (smooth, *turned))
+                grain = Image.effect_noise((width, height), 40).convert("RGB")
+                Image.blend(colours, grain, 0.1).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
+            ours = functools.partial(data.Pixels(data.read_folder(folder), size, 0.75).item, rng=rng)
+            readers = {"ours": ours, "torchvision": datasets.ImageFolder(folder, usual).__getitem__}
+            rates = {name: [] for name in readers}
             for _ in range(rounds):
-                for name, rate in rates.items():
+                for name, read in readers.items():
                     began, done = time.process_time(), 0
                     while time.process_time() - began < seconds or done < count:
-                        if name == "ours":
-                            view.item(done % count, rng)
-                        else:
-                            peer[done % count]
+                        read(done % count)
                         done += 1
-                    rate.append(done / (time.process_time() - began))
-        ours, theirs = (statistics.median(rate) for rate in rates.values())
-        medians[f"{width}x{height}"] = {"ours": ours, "torchvision": theirs}
-        print(f"{width} x {height} JPEG to {size} x {size}: {ours:.0f} images/s per core, "
-              f"torchvision {theirs:.0f}, {ours / theirs:.2f} times as many", flush=True)
+                    rates[name].append(done / (time.process_time() - began))
+        medians[f"{width}x{height}"] = m = {name: statistics.median(rate) for name, rate in rates.items()}
+        print(f"{width} x {height} JPEG to {size} x {size}: {m['ours']:.0f} images/s per core, torchvision "
+              f"{m['torchvision']:.0f}, {m['ours'] / m['torchvision']:.2f} times as many", flush=True)
     torch.set_num_threads(threads)
     return {"median_s": 1 / next(iter(medians.values()))["ours"], "size": size, "images_s": medians}
 
 
 BENCHES = {"augvae": bench_augvae, "codebook": bench_codebook, "biart": bench_biart, "data": bench_data}
+
+
+def run_bench(given, config):
+    if config.bench not in BENCHES:
+        raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
+    context = Context(config.device, config.dtype, wide=True)
+    before = context.peak_gb()
+    measured = BENCHES[config.bench](given, context)
+    measured.update(peak_gb=context.peak_gb() - before, device=context.device_name(),
+                    dtype=str(context.dtype)[6:])
+    print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, {measured['dtype']}")
+    if config.json:
+        print(json.dumps(measured))
 
 
 # -----------------------------------------------------------------------------
@@ -1169,33 +1304,18 @@ def main(argv):
     first.add_argument("--stage", default=TrainConfig.stage)
     seen, _ = first.parse_known_args(argv)
     defaults = preset_values(seen.preset, seen.stage)
-    parser = Parser((TrainConfig, DataConfig, AugVAEConfig, BiARTConfig), defaults, description=__doc__)
+    parser = Parser(CONFIGS, defaults, description=__doc__)
     given = parser.settings(argv)
     if given.get("resume"):  # as the run was started, but for what is given now
-        given = {**settings_of(given.get("out_dir", TrainConfig.out_dir)), **given}
-    stage = given.get("stage", "all")
-    if stage not in (*STAGES, "all"):
-        raise ValueError(f"--stage {stage!r} is none of: {', '.join(STAGES)}, all")
-    stages = STAGES if stage == "all" else (stage,)
+        given = {**settings_of_run(given.get("out_dir", TrainConfig.out_dir)), **given}
+    stage = given.get("stage", TrainConfig.stage)
     config, data_config = configure(given, stage, TrainConfig, DataConfig)
+    stages = STAGES if stage == "all" else (stage,)
     if config.bench:
-        if config.bench not in BENCHES:
-            raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
-        context = Context(config.device, config.dtype, wide=True)
-        before = context.peak_gb()
-        measured = BENCHES[config.bench](given, context)
-        measured.update(peak_gb=context.peak_gb() - before, device=context.device_name(),
-                        dtype=str(context.dtype)[6:])
-        print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, "
-              f"{measured['dtype']}")
-        if config.json:
-            print(json.dumps(measured))
-        return
+        return run_bench(given, config)
     if "biart" in stages and data_config.data in data.UNCAPTIONED:
         raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: "
                          "train --stage augvae_ml, then augvae_sl")
-    if not 0 <= config.epochs < math.inf:
-        raise ValueError(f"--epochs {config.epochs} is not a number of passes over the data")
     if config.epochs and "max_iters" in given:
         raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
     there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
@@ -1203,20 +1323,18 @@ def main(argv):
         raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, "
                          "and another --out_dir keeps both")
     for name in stages:
-        train(name, given)
+        train(Settings(name, given, *configure(given, name, *CONFIGS)))
         given = {**given, "init_from": ""}  # the next stage begins with what this one left
 
 
-def settings_of(out_dir):
+def settings_of_run(out_dir):
     """What was given on the command line of the run in out_dir, by the stage that was at work last."""
-    paths = {stage: os.path.join(out_dir, f"{stage}.pt") for stage in STAGES}
-    there = [stage for stage in STAGES if os.path.exists(paths[stage]) or older_checkpoints(paths[stage])]
-    if not there:
+    files = {stage: glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt") for stage in STAGES}
+    if not any(files.values()):
         raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}")
-    written = {stage: max(map(os.path.getmtime, glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt")))
-               for stage in there}
-    stage = max(there, key=written.get)
-    saved, _ = latest_checkpoint(paths[stage], stage, print0=lambda _: None)
+    stage = max((stage for stage in STAGES if files[stage]),
+                key=lambda stage: max(map(os.path.getmtime, files[stage])))
+    saved, _ = latest_checkpoint(os.path.join(out_dir, f"{stage}.pt"), stage, print0=lambda _: None)
     return {key: value for key, value in saved["settings"].items()
             if key not in ("resume", "overwrite", "out_dir")}
 
@@ -1236,9 +1354,9 @@ if __name__ == "__main__":
         rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
         print(f"train.py: {rank}{text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        dist.destroy_process_group()
+        # Not by sys.exit: gloo's thread may still hold tensors that it summed, and letting go of them while
+        # Python winds up aborts the process. Nor by destroy_process_group, which waits for that thread while
+        # the thread waits for Python (torch 2.1).
         sys.stdout.flush()
-        # Not by sys.exit: gloo's thread may still hold the last tensors that it summed, and letting go of
-        # them while Python winds up aborts the process.
         os._exit(status)
     sys.exit(status)
