@@ -2933,7 +2933,7 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
             ("--hidden 8 contradicts", "--init_from", ml, "--hidden=8"),
             ("--token_grid 4 contra", "--stage=augvae_sl", "--init_from", sl, "--token_grid=4"),
             ("asks to run", "--init_from", str(tmp_path / "bad.ckpt")),
-            ("of biart, not of an AugVAE", "--init_from", str(out / "biart.pt")),
+            ("of biart, not of augvae_ml or augvae_sl", "--init_from", str(out / "biart.pt")),
             ("no file", "--init_from=absent"), ("none of: cosine, plateau", "--schedule=linear"),
             ("none of: square, picture", "--crop_of=circle"),
             ("absent as a tokenizer", "--stage=biart", "--init_from", sl, "--tokenizer=absent")):
@@ -3000,7 +3000,7 @@ def test_bad_checkpoints_are_refused(finished, tmp_path):
     attempt("no checkpoint", biart=None)
     attempt("not a whole checkpoint", biart=whole["biart.pt"][:5000])
     attempt("not a whole checkpoint", augvae_sl=b"")
-    attempt("stage augvae_ml, not of biart", biart=whole["augvae_ml.pt"])
+    attempt("of augvae_ml, not of biart", biart=whole["augvae_ml.pt"])
     attempt("another augvae", augvae_sl=retouched(out / "augvae_sl.pt"))
     Tokenizer.train(["another text altogether"], 300).save(tmp_path / "other.json")
     attempt("another tokenizer", tokenizer=(tmp_path / "other.json").read_bytes())

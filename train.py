@@ -202,6 +202,9 @@ def train(settings):
                    f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
     if saved:
         check_parents(saved, path, objective.model, parents)
+        if saved["samples_per_step"] != schedule.samples_per_step:
+            context.print0(f"from now on {schedule.samples_per_step} images a step instead of "
+                           f"{saved['samples_per_step']}; the order of the data goes on where it was")
     trainer = Trainer(objective, settings, context, saved)
     progress = Progress(**saved["progress"]) if saved else Progress()
     del saved
@@ -546,8 +549,8 @@ def read_augvae(name, settings):
     Raises ValueError where it contradicts what was asked for.
     """
     path = settings.train.init_from or os.path.join(settings.train.out_dir, f"{name}.pt")
-    if not settings.train.init_from:
-        load_checkpoint(path, name)  # says which stage is missing
+    if not os.path.exists(path) and not settings.train.init_from:
+        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {name}` makes it")
     vae = load_augvae(path)
     values = dataclasses.asdict(vae.config)
     values["token_grid"] = vae.config.single_level or settings.train.token_grid
@@ -717,7 +720,7 @@ ARGUMENT_KINDS = {int: (int, "int", {}), float: (float, "float", {}), str: (str,
 # Checkpoints
 
 def save(path, settings, trainer, progress, schedule, parents, saved_step):
-    """Write all that resume() needs. saved_step: that of the checkpoint at path, if it is of this run."""
+    """Write all that --resume needs. saved_step: that of the checkpoint at path, if it is of this run."""
     context, model = trainer.context, trainer.objective.model
     content = {
         "stage": settings.stage, "settings": dict(settings.given), **parents,
@@ -791,13 +794,17 @@ def load_checkpoint(path, stage):
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
-    checkpoint = safe_load(path)
+    return check_checkpoint(safe_load(path), path, stage)
+
+
+def check_checkpoint(checkpoint, path, *stages):
+    """The checkpoint itself; raises ValueError where it is not ours or of none of the stages."""
     if "stage" not in checkpoint:
         raise ValueError(f"{path} is not a checkpoint of this project")
     if "progress" not in checkpoint:
         raise ValueError(f"{path} was written by an older version of this project: train it anew")
-    if checkpoint["stage"] != stage:
-        raise ValueError(f"{path} is a checkpoint of stage {checkpoint['stage']}, not of {stage}")
+    if checkpoint["stage"] not in stages:
+        raise ValueError(f"{path} is a checkpoint of {checkpoint['stage']}, not of {' or '.join(stages)}")
     return checkpoint
 
 
@@ -816,10 +823,7 @@ def load_augvae(path):
     checkpoint = safe_load(path)
     if "state_dict" in checkpoint:  # Lightning's name
         return from_lightning(AugVAE, checkpoint, path)
-    stage = checkpoint.get("stage", "something else")
-    if stage not in ("augvae_ml", "augvae_sl"):
-        raise ValueError(f"{path} is a checkpoint of {stage}, not of an AugVAE")
-    return build_model(AugVAE, AugVAEConfig, load_checkpoint(path, stage))
+    return build_model(AugVAE, AugVAEConfig, check_checkpoint(checkpoint, path, *STAGES[:2]))
 
 
 def fingerprint(model):
