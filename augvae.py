@@ -52,6 +52,10 @@ class AugVAEConfig:
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
+    limits = {"image_size": "[1, inf)", "hidden": "[1, inf)", "n_res_blocks": "[1, inf)", "n_groups": "[1, inf)",
+              "ae_dropout": "[0, 1)", "z_channels": "[1, inf)", "codebook_size": "[1, inf)",
+              "codebook_dim": "[1, inf)", "commitment": "[0, inf)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)",
+              "rate": "[0, inf)", "dead_below": "[0, 1)", "single_level": "[0, inf)"}
 
     def __post_init__(self):
         self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
@@ -65,9 +69,9 @@ class AugVAEConfig:
                                  f"takes a side of {side} to {side / factor:g}, not to {level}")
             side = level
         for mult in self.ch_mult + self.ch_mult_inner:
-            if self.hidden * mult % self.n_groups:
+            if mult < 1 or self.hidden * mult % self.n_groups:
                 raise ValueError(f"hidden {self.hidden} x ch_mult {mult} "
-                                 f"is not divisible by n_groups {self.n_groups}")
+                                 f"is not 1, 2, 3, ... times n_groups {self.n_groups}")
         if self.single_level and self.single_level not in self.levels:
             raise ValueError(f"single_level {self.single_level} is not one of the levels {self.levels}")
 
@@ -80,66 +84,47 @@ class AugVAEConfig:
 # -----------------------------------------------------------------------------
 # Blocks
 
-class ConvAfterSiLU(torch.autograd.Function):
-    """
-    conv3x3(SiLU(GroupNorm(x)) * keep), of which x alone is kept for the backward pass. What lies between is
-    worked out there a second time, in a few percent of the convolution's time; autograd would hold three such
-    maps for every convolution. keep is dropout's mask, or None.
-    """
-    @staticmethod
-    def normed(x, gamma, beta, n_groups):
-        x = x.float() if x.is_cuda else x  # beside fp32 weights CUDA wants fp32, the CPU takes bfloat16
-        return x, *torch.native_group_norm(x, gamma, beta, *x.shape[:2], x[0, 0].numel(), n_groups, 1e-6)
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, keep, n_groups):
-        ctx.save_for_backward(x, gamma, beta, weight, keep)
-        ctx.n_groups = n_groups
-        h = F.silu(ConvAfterSiLU.normed(x, gamma, beta, n_groups)[1], inplace=True)
-        return F.conv2d(h if keep is None else h * keep, weight, bias, padding=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, beta, weight, keep = ctx.saved_tensors
-        x, h, mean, rstd = ConvAfterSiLU.normed(x, gamma, beta, ctx.n_groups)
-        dropped = (lambda t: t) if keep is None else keep.mul
-        amp_dtype = grad.dtype  # that of autocast, which the backward pass is outside of
-        grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, dropped(F.silu(h)).to(amp_dtype), weight.to(amp_dtype), [len(weight)], [1, 1], [1, 1], [1, 1], False,
-            [0, 0], 1, [True] * 3)
-        grad_h = torch.ops.aten.silu_backward(dropped(grad_h).to(h.dtype), h)
-        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
-            grad_h, x, mean, rstd, gamma, *x.shape[:2], x[0, 0].numel(), ctx.n_groups, [True] * 3)
-        return grad_x, grad_gamma, grad_beta, grad_weight, grad_bias, None, None
+def group_norm(channels, config):
+    return nn.GroupNorm(config.n_groups, channels, eps=1e-6)
 
 
-class NormSiLUConv(nn.Module):
-    """GroupNorm, SiLU, dropout and a 3x3 convolution: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
-
-    def __init__(self, in_channels, out_channels, config, dropout=0.0):
-        super().__init__()
-        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.dropout = dropout
-
-    def forward(self, x):
-        keep = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        return ConvAfterSiLU.apply(x, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias,
-                                   keep, self.norm.num_groups)
+def conv3x3(in_channels, out_channels):
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+    """
+    shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))
 
+    (B, in_channels, h, w) -> (B, out_channels, h, w); the shortcut is a 1x1 convolution where channels change.
+    """
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.conv1 = NormSiLUConv(in_channels, out_channels, config)
-        self.conv2 = NormSiLUConv(out_channels, out_channels, config, config.ae_dropout)
+        self.norm1 = group_norm(in_channels, config)
+        self.conv1 = conv3x3(in_channels, out_channels)
+        self.norm2 = group_norm(out_channels, config)
+        self.dropout = config.ae_dropout
+        self.conv2 = conv3x3(out_channels, out_channels)
         self.shortcut = (nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels
                          else nn.Identity())
 
     def forward(self, x):
-        return self.shortcut(x) + self.conv2(self.conv1(x))
+        dropout = self.dropout if self.training else 0.0
+        h = norm_silu_conv(x, self.norm1, self.conv1)  # = conv1(silu(norm1(x)))
+        h = norm_silu_conv(h, self.norm2, self.conv2, dropout)  # = conv2(dropout(silu(norm2(h))))
+        return self.shortcut(x) + h
+
+
+class NormSiLUConv(nn.Module):
+    """The last layer of encoders and decoders: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+
+    def __init__(self, in_channels, out_channels, config):
+        super().__init__()
+        self.norm = group_norm(in_channels, config)
+        self.conv = conv3x3(in_channels, out_channels)
+
+    def forward(self, x):
+        return norm_silu_conv(x, self.norm, self.conv)  # = conv(silu(norm(x)))
 
 
 class Attention(nn.Module):
@@ -147,7 +132,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels, config):
         super().__init__()
-        self.norm = nn.GroupNorm(config.n_groups, channels, eps=1e-6)
+        self.norm = group_norm(channels, config)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, x):
@@ -168,20 +153,22 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """(B, C, h, w) -> (B, C, 2h, 2w): nearest x2, then a 3x3 convolution, at 4/9 of the arithmetic.
-
-    Nearest x2 repeats every pixel as a 2x2 box, so the 3x3 kernel and the box merge into one 4x4 kernel
-    that a stride-2 transposed convolution applies at the low resolution: 16 products a pixel instead of 36.
-    """
+    """(B, C, h, w) -> (B, C, 2h, 2w): every pixel becomes 2x2 equal ones, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        k = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), the layout of transposed convolutions
-        k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
-        k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
-        return F.conv_transpose2d(x, k, self.bias, stride=2, padding=1)
+        return upsample_conv(x, self.weight, self.bias)  # = conv(interpolate(x, scale_factor=2))
+
+
+def middle_layers(channels, config):
+    """Of an encoder at its end, of a decoder at its start: {name: layer}."""
+    layers = OrderedDict(mid_block_1=ResBlock(channels, channels, config))
+    if config.attention:
+        layers["mid_attn_1"] = Attention(channels, config)
+    layers["mid_block_2"] = ResBlock(channels, channels, config)
+    return layers
 
 
 class Encoder(nn.Sequential):
@@ -189,7 +176,7 @@ class Encoder(nn.Sequential):
 
     def __init__(self, in_channels, ch_mult, config):
         c = config.hidden
-        layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
+        layers = OrderedDict(conv_in=conv3x3(in_channels, c))
         for i, mult in enumerate(ch_mult):
             last = i == len(ch_mult) - 1
             for j in range(config.n_res_blocks):
@@ -199,10 +186,7 @@ class Encoder(nn.Sequential):
                     layers[f"down_{i}_attn_{j}"] = Attention(c, config)
             if not last:
                 layers[f"down_{i}_downsample"] = Downsample(c)
-        layers["mid_block_1"] = ResBlock(c, c, config)
-        if config.attention:
-            layers["mid_attn_1"] = Attention(c, config)
-        layers["mid_block_2"] = ResBlock(c, c, config)
+        layers.update(middle_layers(c, config))
         layers["conv_out"] = NormSiLUConv(c, config.z_channels, config)
         super().__init__(layers)
 
@@ -212,11 +196,8 @@ class Decoder(nn.Sequential):
 
     def __init__(self, in_channels, out_channels, ch_mult, config):
         c = config.hidden * ch_mult[-1]
-        layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
-        layers["mid_block_1"] = ResBlock(c, c, config)
-        if config.attention:
-            layers["mid_attn_1"] = Attention(c, config)
-        layers["mid_block_2"] = ResBlock(c, c, config)
+        layers = OrderedDict(conv_in=conv3x3(in_channels, c))
+        layers.update(middle_layers(c, config))
         for i in reversed(range(len(ch_mult))):
             for j in range(config.n_res_blocks + 1):
                 layers[f"up_{i}_block_{j}"] = ResBlock(c, config.hidden * ch_mult[i], config)
@@ -399,8 +380,8 @@ class AugVAE(nn.Module):
         """PyTorch's own for convolutions, but residual branches start at zero: blocks begin as identity."""
         for module in self.modules():
             if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.conv.weight)
-                nn.init.zeros_(module.conv2.conv.bias)
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
             elif isinstance(module, Attention):
                 nn.init.zeros_(module.proj_out.weight)
                 nn.init.zeros_(module.proj_out.bias)
@@ -507,6 +488,88 @@ class AugVAE(nn.Module):
 
 
 # -----------------------------------------------------------------------------
+# Perceptual loss
+
+# Name in the torch hub cache, as much of the SHA-256 hash as is known, address
+VGG_FILE = "vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"
+LPIPS_FILE = (
+    "lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
+    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
+
+
+def find_weights(flag, given, name, sha256, url, download=True):
+    """
+    Path of published weights: the file that is `given` by --flag, or else torch hub's cached one, which is
+    downloaded to there if it may be, its hash checked. None where it is not there and may not be.
+    Raises ValueError where the given file is missing, OSError, with ways to go on, where the download fails.
+    """
+    if given and not os.path.isfile(given):
+        raise ValueError(f"there is no file {given} for --{flag}: it is {name}, from {url}")
+    path = given or os.path.join(torch.hub.get_dir(), "checkpoints", name)
+    if os.path.exists(path):
+        return path
+    if not download:
+        return None
+    try:
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
+    except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
+        raise OSError(f"{name} could not be downloaded from {url} ({e}): put it at {path}, "
+                      f"or give it by --{flag}, or do without it (--loss l2 needs no LPIPS)") from None
+    return path
+
+
+class LPIPS(nn.Module):
+    """
+    Learned perceptual distance: images a, b (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), from 0 up.
+
+    VGG-16's features after five of its layers, each scaled to length 1 over channels; squared differences,
+    weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
+    of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
+
+    `vgg_weights` is torchvision's VGG-16 file; `lpips_weights` that of lpips, with keys lin0.model.1.weight
+    and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
+    Raises OSError where a file cannot be had, ValueError where it is another.
+    """
+    taps = (3, 8, 15, 22, 29)  # of torchvision's layers: the last ReLU of each resolution
+
+    def __init__(self, vgg_weights="", lpips_weights=""):
+        super().__init__()
+        from torchvision.models import vgg16  # here, because nothing else needs it
+        vgg_weights = find_weights("vgg_weights", vgg_weights, *VGG_FILE)
+        lpips_weights = find_weights("lpips_weights", lpips_weights, *LPIPS_FILE)
+        vgg, lpips = safe_load(vgg_weights), safe_load(lpips_weights)
+        with torch.device("meta"):  # shapes alone, no random weights
+            self.features = vgg16().features[:self.taps[-1] + 1]
+        try:
+            weights = {name: vgg[f"features.{name}"] for name in self.features.state_dict()}
+            self.features.load_state_dict(weights, assign=True)
+        except (KeyError, RuntimeError):
+            raise ValueError(f"{vgg_weights} is not torchvision's VGG-16") from None
+        for i, tap in enumerate(self.taps):
+            channels, weight = self.features[tap - 1].out_channels, lpips.get(f"lin{i}.model.1.weight")
+            if weight is None or weight.shape != (1, channels, 1, 1):
+                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: "
+                                 f"it has no lin{i}.model.1.weight of {channels} channels")
+            self.register_buffer(f"lin{i}", weight.float())
+        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
+        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
+        self.requires_grad_(False)
+
+    def compared(self, images):
+        """(B, 3, H, W) -> five feature maps (B, C, h, w), fp32, of length 1 along C."""
+        h = (images - self.shift) / self.scale
+        for i, layer in enumerate(self.features):
+            h = layer(h)
+            if i in self.taps:
+                yield h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)
+
+    def forward(self, a, b):
+        return sum(((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
+                   for i, (x, y) in enumerate(zip(self.compared(a), self.compared(b))))
+
+
+# -----------------------------------------------------------------------------
 # Released weights: files that PyTorch Lightning 1.5 wrote
 
 RELEASED_NAMES = (  # what a module of the released encoders and decoders is called there, and here
@@ -514,7 +577,7 @@ RELEASED_NAMES = (  # what a module of the released encoders and decoders is cal
     (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
     (r"\.mid\.", ".mid_"),
     (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.(norm|conv)(1|2|_out)\.", r".conv\2.\1."),
+    (r"\.(norm|conv)_out\.", r".conv_out.\1."),
 )
 
 
@@ -610,82 +673,79 @@ def translate_released(checkpoint):
 
 
 # -----------------------------------------------------------------------------
-# Perceptual loss
+# Same result, less memory or time
 
-# Name in the torch hub cache, as much of the SHA-256 hash as is known, address
-VGG_FILE = "vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"
-LPIPS_FILE = (
-    "lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
-    "https://raw.githubusercontent.com/richzhang/PerceptualSimilarity/master/lpips/weights/v0.1/vgg.pth")
-
-
-def find_weights(flag, given, name, sha256, url, download=True):
+def norm_silu_conv(x, norm, conv, dropout=0.0):
     """
-    Path of published weights: the file that is `given` by --flag, or else torch hub's cached one, which is
-    downloaded to there if it may be, its hash checked. None where it is not there and may not be.
-    Raises ValueError where the given file is missing, OSError, with ways to go on, where the download fails.
+    conv(dropout(silu(norm(x)))), (B, C, h, w) -> (B, out_channels, h, w), for a 3x3 convolution.
+
+    Keeps x alone for the backward pass, where what lies between is computed again in a few percent of the
+    convolution's time. Autograd would keep three more maps of the size of x.
     """
-    if given and not os.path.isfile(given):
-        raise ValueError(f"there is no file {given} for --{flag}: it is {name}, from {url}")
-    path = given or os.path.join(torch.hub.get_dir(), "checkpoints", name)
-    if os.path.exists(path):
-        return path
-    if not download:
-        return None
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        torch.hub.download_url_to_file(url, path, hash_prefix=sha256)
-    except (OSError, RuntimeError) as e:  # no network, no room; another file than was expected
-        raise OSError(f"{name} could not be downloaded from {url} ({e}): put it at {path}, "
-                      f"or give it by --{flag}, or do without it (--loss l2 needs no LPIPS)") from None
-    return path
+    dropout_mask = F.dropout(torch.ones_like(x), dropout) if dropout else None
+    return NormSiLUConvFunction.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, dropout_mask,
+                                      norm.num_groups, norm.eps)
 
 
-class LPIPS(nn.Module):
+class NormSiLUConvFunction(torch.autograd.Function):
+    """norm_silu_conv's forward and backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, gamma, beta, weight, bias, dropout_mask, n_groups, eps):
+        ctx.save_for_backward(x, gamma, beta, weight, dropout_mask)
+        ctx.n_groups, ctx.eps = n_groups, eps
+        B, C, height, width = x.shape
+        h = torch.native_group_norm(for_norm(x), gamma, beta, B, C, height * width, n_groups, eps)[0]
+        h = F.silu(h, inplace=True)
+        h = h if dropout_mask is None else h * dropout_mask
+        return F.conv2d(for_conv(h, x.dtype), weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gamma, beta, weight, dropout_mask = ctx.saved_tensors
+        B, C, height, width = x.shape
+        sizes = B, C, height * width, ctx.n_groups
+        amp_dtype = grad.dtype  # the backward pass runs outside autocast
+        x_norm = for_norm(x)
+        h, mean, rstd = torch.native_group_norm(x_norm, gamma, beta, *sizes, ctx.eps)
+        conv_input = F.silu(h) if dropout_mask is None else F.silu(h) * dropout_mask
+        grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, for_conv(conv_input, amp_dtype), weight.to(amp_dtype), [len(weight)], [1, 1], [1, 1], [1, 1],
+            False, [0, 0], 1, [True] * 3)
+        grad_h = grad_h if dropout_mask is None else grad_h * dropout_mask
+        grad_h = torch.ops.aten.silu_backward(for_norm(grad_h).to(h.dtype), h)
+        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
+            grad_h, x_norm, mean, rstd, gamma, *sizes, [True] * 3)
+        return for_conv(grad_x, x.dtype), grad_gamma, grad_beta, grad_weight, grad_bias, None, None, None
+
+
+# Convolutions are fastest channels_last and in autocast's dtype; CUDA's group norm wants fp32 beside fp32 weights
+# and, before torch 2.14, NCHW: its forward pass refuses channels_last, its backward pass reads it as NCHW without
+# a word. So on CUDA a map changes layout and dtype in one copy on its way from one to the other. Under autocast
+# the dtypes ask for these copies anyway; in fp32 they move 16 bytes a number forward, 32 backward.
+
+def is_cuda(x):
+    return x.is_cuda
+
+
+def for_norm(x):
+    """(B, C, h, w) as group norm takes it: on CUDA fp32 and NCHW; a CPU takes everything."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous() if is_cuda(x) else x
+
+
+def for_conv(x, dtype):
+    """(B, C, h, w) as a convolution takes it: of this dtype, on CUDA channels_last; a CPU has it so already."""
+    return x.to(dtype, memory_format=torch.channels_last) if is_cuda(x) else x.to(dtype)
+
+
+def upsample_conv(x, weight, bias):
     """
-    Learned perceptual distance: images a, b (B, 3, H, W) in [-1, 1], H and W at least 16 -> (B,), from 0 up.
+    conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1), at 4/9 of the arithmetic.
 
-    VGG-16's features after five of its layers, each scaled to length 1 over channels; squared differences,
-    weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
-    of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
-
-    `vgg_weights` is torchvision's VGG-16 file; `lpips_weights` that of lpips, with keys lin0.model.1.weight
-    and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
-    Raises OSError where a file cannot be had, ValueError where it is another.
+    Nearest x2 repeats every pixel as a 2x2 box, so the 3x3 kernel and the box merge into one 4x4 kernel
+    that a stride-2 transposed convolution applies at the low resolution: 16 products a pixel instead of 36.
     """
-    taps = (3, 8, 15, 22, 29)  # of torchvision's layers: the last ReLU of each resolution
-
-    def __init__(self, vgg_weights="", lpips_weights=""):
-        super().__init__()
-        from torchvision.models import vgg16  # here, because nothing else needs it
-        vgg_weights = find_weights("vgg_weights", vgg_weights, *VGG_FILE)
-        lpips_weights = find_weights("lpips_weights", lpips_weights, *LPIPS_FILE)
-        vgg, lpips = safe_load(vgg_weights), safe_load(lpips_weights)
-        with torch.device("meta"):  # shapes alone, no random weights
-            self.features = vgg16().features[:self.taps[-1] + 1]
-        try:
-            weights = {name: vgg[f"features.{name}"] for name in self.features.state_dict()}
-            self.features.load_state_dict(weights, assign=True)
-        except (KeyError, RuntimeError):
-            raise ValueError(f"{vgg_weights} is not torchvision's VGG-16") from None
-        for i, tap in enumerate(self.taps):
-            channels, weight = self.features[tap - 1].out_channels, lpips.get(f"lin{i}.model.1.weight")
-            if weight is None or weight.shape != (1, channels, 1, 1):
-                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: "
-                                 f"it has no lin{i}.model.1.weight of {channels} channels")
-            self.register_buffer(f"lin{i}", weight.float())
-        self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
-        self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
-        self.requires_grad_(False)
-
-    def compared(self, images):
-        """(B, 3, H, W) -> five feature maps (B, C, h, w), fp32, of length 1 along C."""
-        h = (images - self.shift) / self.scale
-        for i, layer in enumerate(self.features):
-            h = layer(h)
-            if i in self.taps:
-                yield h.float() / (h.float().norm(dim=1, keepdim=True) + 1e-10)
-
-    def forward(self, a, b):
-        return sum(((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
-                   for i, (x, y) in enumerate(zip(self.compared(a), self.compared(b))))
+    k = weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), the layout of transposed convolutions
+    k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
+    k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
+    return F.conv_transpose2d(x, k, bias, stride=2, padding=1)
