@@ -20,6 +20,7 @@ References:
 """
 import argparse
 import contextlib
+import functools
 import os
 import re
 from collections import OrderedDict
@@ -52,6 +53,11 @@ class AugVAEConfig:
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
+    limits = {
+        "image_size": "[1, inf)", "hidden": "[1, inf)", "n_res_blocks": "[1, inf)", "n_groups": "[1, inf)",
+        "ae_dropout": "[0, 1)", "z_channels": "[1, inf)", "codebook_size": "[1, inf)",
+        "codebook_dim": "[1, inf)", "commitment": "[0, inf)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)",
+        "rate": "[0, inf)", "dead_below": "[0, 1)", "single_level": "[0, inf)"}
 
     def __post_init__(self):
         self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
@@ -65,9 +71,9 @@ class AugVAEConfig:
                                  f"takes a side of {side} to {side / factor:g}, not to {level}")
             side = level
         for mult in self.ch_mult + self.ch_mult_inner:
-            if self.hidden * mult % self.n_groups:
+            if mult < 1 or self.hidden * mult % self.n_groups:
                 raise ValueError(f"hidden {self.hidden} x ch_mult {mult} "
-                                 f"is not divisible by n_groups {self.n_groups}")
+                                 f"is not 1, 2, 3, ... times n_groups {self.n_groups}")
         if self.single_level and self.single_level not in self.levels:
             raise ValueError(f"single_level {self.single_level} is not one of the levels {self.levels}")
 
@@ -80,66 +86,39 @@ class AugVAEConfig:
 # -----------------------------------------------------------------------------
 # Blocks
 
-class ConvAfterSiLU(torch.autograd.Function):
-    """
-    conv3x3(SiLU(GroupNorm(x)) * keep), of which x alone is kept for the backward pass. What lies between is
-    worked out there a second time, in a few percent of the convolution's time; autograd would hold three such
-    maps for every convolution. keep is dropout's mask, or None.
-    """
-    @staticmethod
-    def normed(x, gamma, beta, n_groups):
-        x = x.float() if x.is_cuda else x  # beside fp32 weights CUDA wants fp32, the CPU takes bfloat16
-        return x, *torch.native_group_norm(x, gamma, beta, *x.shape[:2], x[0, 0].numel(), n_groups, 1e-6)
-
-    @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, keep, n_groups):
-        ctx.save_for_backward(x, gamma, beta, weight, keep)
-        ctx.n_groups = n_groups
-        h = F.silu(ConvAfterSiLU.normed(x, gamma, beta, n_groups)[1], inplace=True)
-        return F.conv2d(h if keep is None else h * keep, weight, bias, padding=1)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gamma, beta, weight, keep = ctx.saved_tensors
-        x, h, mean, rstd = ConvAfterSiLU.normed(x, gamma, beta, ctx.n_groups)
-        dropped = (lambda t: t) if keep is None else keep.mul
-        amp_dtype = grad.dtype  # that of autocast, which the backward pass is outside of
-        grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, dropped(F.silu(h)).to(amp_dtype), weight.to(amp_dtype), [len(weight)], [1, 1], [1, 1], [1, 1], False,
-            [0, 0], 1, [True] * 3)
-        grad_h = torch.ops.aten.silu_backward(dropped(grad_h).to(h.dtype), h)
-        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
-            grad_h, x, mean, rstd, gamma, *x.shape[:2], x[0, 0].numel(), ctx.n_groups, [True] * 3)
-        return grad_x, grad_gamma, grad_beta, grad_weight, grad_bias, None, None
-
-
-class NormSiLUConv(nn.Module):
-    """GroupNorm, SiLU, dropout and a 3x3 convolution: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
-
-    def __init__(self, in_channels, out_channels, config, dropout=0.0):
-        super().__init__()
-        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.dropout = dropout
-
-    def forward(self, x):
-        keep = F.dropout(torch.ones_like(x), self.dropout) if self.training and self.dropout else None
-        return ConvAfterSiLU.apply(x, self.norm.weight, self.norm.bias, self.conv.weight, self.conv.bias,
-                                   keep, self.norm.num_groups)
-
-
 class ResBlock(nn.Module):
-    """x + conv(SiLU(norm(conv(SiLU(norm(x)))))), with a 1x1 convolution on x where the channels change."""
+    """
+    shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))
 
+    (B, in_channels, h, w) -> (B, out_channels, h, w). The shortcut is a 1x1 convolution if channels change.
+    """
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.conv1 = NormSiLUConv(in_channels, out_channels, config)
-        self.conv2 = NormSiLUConv(out_channels, out_channels, config, config.ae_dropout)
+        self.norm1 = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = nn.GroupNorm(config.n_groups, out_channels, eps=1e-6)
+        self.dropout = config.ae_dropout
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = (nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels
                          else nn.Identity())
 
     def forward(self, x):
-        return self.shortcut(x) + self.conv2(self.conv1(x))
+        dropout = self.dropout if self.training else 0.0
+        h = norm_silu_conv(x, self.norm1, self.conv1)  # = conv1(silu(norm1(x)))
+        h = norm_silu_conv(h, self.norm2, self.conv2, dropout)  # = conv2(dropout(silu(norm2(h))))
+        return self.shortcut(x) + h
+
+
+class NormSiLUConv(nn.Module):
+    """The last layer of encoders and decoders: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+
+    def __init__(self, in_channels, out_channels, config):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        return norm_silu_conv(x, self.norm, self.conv)  # = conv(silu(norm(x)))
 
 
 class Attention(nn.Module):
@@ -168,20 +147,22 @@ class Downsample(nn.Conv2d):
 
 
 class Upsample(nn.Conv2d):
-    """(B, C, h, w) -> (B, C, 2h, 2w): nearest x2, then a 3x3 convolution, at 4/9 of the arithmetic.
-
-    Nearest x2 repeats every pixel as a 2x2 box, so the 3x3 kernel and the box merge into one 4x4 kernel
-    that a stride-2 transposed convolution applies at the low resolution: 16 products a pixel instead of 36.
-    """
+    """(B, C, h, w) -> (B, C, 2h, 2w): every pixel becomes 2x2 equal ones, then a 3x3 convolution."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1)
 
     def forward(self, x):
-        k = self.weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), the layout of transposed convolutions
-        k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
-        k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
-        return F.conv_transpose2d(x, k, self.bias, stride=2, padding=1)
+        return upsample_conv(x, self.weight, self.bias)  # = conv(interpolate(x, scale_factor=2))
+
+
+def middle_layers(channels, config):
+    """Of an encoder at its end, of a decoder at its start: {name: layer}."""
+    layers = OrderedDict(mid_block_1=ResBlock(channels, channels, config))
+    if config.attention:
+        layers["mid_attn_1"] = Attention(channels, config)
+    layers["mid_block_2"] = ResBlock(channels, channels, config)
+    return layers
 
 
 class Encoder(nn.Sequential):
@@ -199,10 +180,7 @@ class Encoder(nn.Sequential):
                     layers[f"down_{i}_attn_{j}"] = Attention(c, config)
             if not last:
                 layers[f"down_{i}_downsample"] = Downsample(c)
-        layers["mid_block_1"] = ResBlock(c, c, config)
-        if config.attention:
-            layers["mid_attn_1"] = Attention(c, config)
-        layers["mid_block_2"] = ResBlock(c, c, config)
+        layers.update(middle_layers(c, config))
         layers["conv_out"] = NormSiLUConv(c, config.z_channels, config)
         super().__init__(layers)
 
@@ -213,10 +191,7 @@ class Decoder(nn.Sequential):
     def __init__(self, in_channels, out_channels, ch_mult, config):
         c = config.hidden * ch_mult[-1]
         layers = OrderedDict(conv_in=nn.Conv2d(in_channels, c, 3, padding=1))
-        layers["mid_block_1"] = ResBlock(c, c, config)
-        if config.attention:
-            layers["mid_attn_1"] = Attention(c, config)
-        layers["mid_block_2"] = ResBlock(c, c, config)
+        layers.update(middle_layers(c, config))
         for i in reversed(range(len(ch_mult))):
             for j in range(config.n_res_blocks + 1):
                 layers[f"up_{i}_block_{j}"] = ResBlock(c, config.hidden * ch_mult[i], config)
@@ -244,6 +219,16 @@ class TiedConv1x1(nn.Module):
 # -----------------------------------------------------------------------------
 # Codebook
 
+@dataclass
+class Collected:
+    """What the forward passes since the last update have given to the codebook."""
+    counts: torch.Tensor  # (size,) how many vectors each code got
+    sums: torch.Tensor  # (size, dim) their sums
+    keys: torch.Tensor  # (n,) of the candidates, in a random draw that the largest keys win
+    candidates: torch.Tensor  # (n, dim) vectors, of which dead codes are revived
+    calls: int = 0  # of collect()
+
+
 class Codebook(nn.Module):
     """
     `size` vectors of `dim` numbers, moved by exponential moving averages instead of gradients.
@@ -265,25 +250,10 @@ class Codebook(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        # A few newborns at a time: each batch of them is drawn from what all earlier codes serve badly. Were
-        # all codes drawn at once, most would land on the commonest patch and stay there as near-copies.
+        # A few codes an update: each few are drawn from what all earlier codes serve badly. Were all codes
+        # drawn at once, most would land on the commonest patch and stay there as near-copies.
         self.max_revived = max(1, self.size // 32)
-        self.pending = None  # what collect() has gathered since the last update()
-
-    def nearest(self, z, chunk=2 ** 22):
-        """
-        (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2 - rate * var * log p_k, at most `chunk` in memory. p
-        is how often a code is used, var the variance of the codes so used. With rate 0 that is the nearest
-        code; above 0, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
-        """
-        p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
-        var = p @ (self.weight - p @ self.weight).square().sum(1)
-        cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is equal for all codes
-        rows = max(1, min(len(z), chunk // self.size))
-        scores = z.new_empty(rows, self.size)  # one for all parts: fresh pages cost a tenth more
-        codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
-                 for part in z.split(rows)]
-        return torch.cat(codes)
+        self.pending = None  # Collected, or None where nothing was
 
     def forward(self, z):
         """
@@ -301,28 +271,48 @@ class Codebook(nn.Module):
         """LongTensor (B, h, w), values in [0, size) -> (B, dim, h, w)."""
         return F.embedding(codes, self.weight).permute(0, 3, 1, 2)
 
+    def nearest(self, z, max_scores=2 ** 22):
+        """
+        (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2 - rate * var * log p_k, max_scores of them at once.
+        p_k is how often code k is used, var the variance of the codes so used. Rate 0 gives the nearest code;
+        above, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
+        """
+        with full_fp32():  # tokens must not depend on the card
+            p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
+            var = p @ (self.weight - p @ self.weight).square().sum(1)
+            cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is the same for all
+            rows = max(1, min(len(z), max_scores // self.size))
+            scores = z.new_empty(rows, self.size)  # one for all parts: fresh pages cost a tenth more
+            codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
+                     for part in z.split(rows)]
+            return torch.cat(codes)
+
     @torch.no_grad()
     def collect(self, z, codes):
         """Add one forward pass, one level: z (B, dim, h, w) and its codes (B, h, w), to the next update()."""
         z = z.detach().float().permute(0, 2, 3, 1).reshape(-1, self.dim)
         codes = codes.flatten()
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.pending is None:
-            self.pending = (z.new_zeros(self.size), torch.zeros_like(self.embed_sum), z.new_zeros(0),
-                            z.new_zeros(0, self.dim), 0)
-        counts, sums, keys, candidates, calls = self.pending
-        counts += torch.bincount(codes, minlength=self.size)
-        sums.index_add_(0, codes, z)
+            self.pending = Collected(counts=z.new_zeros(self.size), sums=torch.zeros_like(self.embed_sum),
+                                     keys=z.new_zeros(0), candidates=z.new_zeros(0, self.dim))
+        pending = self.pending
+        pending.counts += torch.bincount(codes, minlength=self.size)
+        pending.sums.index_add_(0, codes, z)
         # Candidates for reviving dead codes: a weighted random draw (Efraimidis & Spirakis) in which far-off
         # vectors weigh more, as in k-means++. Uniform numbers are drawn for the whole global batch and sliced
         # by rank, so that two ranks with half a batch each choose what one with the whole batch would.
-        generator = torch.Generator().manual_seed(int(self.updates) * 64 + calls)
+        rank, world = rank_and_world()
+        generator = torch.Generator().manual_seed(int(self.updates) * 64 + pending.calls)
         uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device)
         error = (z - self.weight[codes]).square().sum(1)
-        keys = torch.cat([keys, uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)])
-        candidates = torch.cat([candidates, z])
-        keys, best = keys.topk(min(self.max_revived, len(keys)))
-        self.pending = (counts, sums, keys, candidates[best], calls + 1)
+        keys = torch.cat([pending.keys, uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)])
+        pending.keys, best = keys.topk(min(self.max_revived, len(keys)))
+        pending.candidates = torch.cat([pending.candidates, z])[best]
+        pending.calls += 1
+
+    def discard(self):
+        """Forget what was collected: a skipped step moves no code."""
+        self.pending = None
 
     @torch.no_grad()
     def update(self):
@@ -330,34 +320,46 @@ class Codebook(nn.Module):
         Move the codebook once by all that was collected since the last update, on all ranks.
         Returns (share of codes in use, perplexity) of what was collected; perplexity is in [1, size].
         """
-        counts, sums, keys, candidates, _ = self.pending
-        self.pending = None
-        if dist.is_initialized():  # one call: ranks add sums, and each fills its slots of keys, candidates
-            rank, world = dist.get_rank(), dist.get_world_size()
-            slots = keys.new_zeros(world, len(keys) * (1 + self.dim))
-            slots[rank] = torch.cat([keys, candidates.flatten()])
-            flat = torch.cat([counts, sums.flatten(), slots.flatten()])
-            dist.all_reduce(flat)
-            counts, sums, slots = flat.split([counts.numel(), sums.numel(), slots.numel()])
-            sums, slots = sums.view(self.size, self.dim), slots.view(world, -1)
-            keys, candidates = slots[:, :len(keys)].flatten(), slots[:, len(keys):].reshape(-1, self.dim)
+        collected = self.reduce(self.pending)
+        self.discard()
         # Young averages forget faster, so that the codes keep up with an encoder that still moves a lot.
         decay = min(self.decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         self.updates += 1
-        self.cluster_size.lerp_(counts, 1 - decay)
-        self.embed_sum.lerp_(sums, 1 - decay)
-        threshold = self.dead_below * counts.sum() / self.size
-        best = keys.topk(min(self.max_revived, len(keys))).indices
-        dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]
-        newborn = candidates[best[:len(dead)]]
-        # A newborn starts light: it moves quickly to where it is used and is soon given up where it is not.
+        self.cluster_size.lerp_(collected.counts, 1 - decay)
+        self.embed_sum.lerp_(collected.sums, 1 - decay)
+        self.revive(collected)
+        self.move()
+        return codebook_use(collected.counts)
+
+    def reduce(self, own):
+        """Collected by this rank -> by all ranks: counts and sums added, keys and candidates side by side."""
+        if not dist.is_initialized():
+            return own
+        rank, world = rank_and_world()
+        drawn = own.keys.new_zeros(world, len(own.keys), 1 + self.dim)  # each rank fills its own row
+        drawn[rank] = torch.cat([own.keys[:, None], own.candidates], 1)
+        parts = own.counts, own.sums, drawn
+        flat = torch.cat([part.flatten() for part in parts])
+        dist.all_reduce(flat)  # one call for all
+        counts, sums, drawn = (reduced.view_as(part) for reduced, part in
+                               zip(flat.split([part.numel() for part in parts]), parts))
+        return Collected(counts, sums, drawn[..., 0].flatten(), drawn[..., 1:].flatten(0, 1))
+
+    def revive(self, collected):
+        """Move codes that are hardly used to the candidates with the largest keys, at most max_revived."""
+        threshold = self.dead_below * collected.counts.sum() / self.size
+        best = collected.keys.topk(min(self.max_revived, len(collected.keys))).indices  # (n,)
+        dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]  # (m,), m <= n
+        # A revived code starts light: it soon moves to where it is used, or is given up where it is not.
         self.cluster_size[dead] = 2 * threshold
-        self.embed_sum[dead] = 2 * threshold * newborn
+        self.embed_sum[dead] = 2 * threshold * collected.candidates[best[:len(dead)]]
+
+    def move(self):
+        """weight = embed_sum / cluster_size, smoothed (Laplace), of all codes that ever got a vector."""
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + self.eps) / (total + self.size * self.eps) * total
         alive = self.cluster_size > 0
         self.weight[alive] = self.embed_sum[alive] / smoothed[alive, None]
-        return codebook_use(counts)
 
 
 def codebook_use(counts):
@@ -367,6 +369,27 @@ def codebook_use(counts):
     """
     p = counts.double() / counts.sum()
     return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+
+
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+@contextlib.contextmanager
+def full_fp32():
+    """Within, fp32 matrix products use no TF32, allowed or not: it would change up to 2.4 % of the codes."""
+    try:
+        before, full = torch.get_float32_matmul_precision(), "highest"
+        allow = torch.set_float32_matmul_precision
+    except RuntimeError:  # TF32 was allowed by torch 2.9's new name for it, which must not meet the old one
+        new = torch.backends.cuda.matmul
+        before, full = new.fp32_precision, "ieee"
+        allow = functools.partial(setattr, new, "fp32_precision")
+    allow(full)
+    try:
+        yield
+    finally:
+        allow(before)
 
 
 # -----------------------------------------------------------------------------
@@ -399,8 +422,8 @@ class AugVAE(nn.Module):
         """PyTorch's own for convolutions, but residual branches start at zero: blocks begin as identity."""
         for module in self.modules():
             if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.conv.weight)
-                nn.init.zeros_(module.conv2.conv.bias)
+                nn.init.zeros_(module.conv2.weight)
+                nn.init.zeros_(module.conv2.bias)
             elif isinstance(module, Attention):
                 nn.init.zeros_(module.proj_out.weight)
                 nn.init.zeros_(module.proj_out.bias)
@@ -421,13 +444,15 @@ class AugVAE(nn.Module):
     def reconstruct(self, quantised):
         """Quantised vectors [(B, codebook_dim, h, w)], finest first -> images (B, 3, H, W), about [-1, 1]."""
         levels = [self.post_quant(z_q, i) for i, z_q in enumerate(quantised)]
-        h = None
-        for i, decoder in enumerate(self.decoders):
-            if self.connectors is not None:
-                h = decoder(self.connectors[i](levels[0] if h is None else h))
-            else:
-                level = levels[-(i + 1)]
-                h = decoder(level if h is None else torch.cat([level, h], dim=1))
+        h = levels.pop()  # the coarsest
+        if self.connectors is not None:  # AugVAE-SL: that was the only level
+            for connector, decoder in zip(self.connectors, self.decoders):
+                h = decoder(connector(h))
+            return h
+        coarsest, *others = self.decoders
+        h = coarsest(h)
+        for decoder, level in zip(others, reversed(levels)):
+            h = decoder(torch.cat([level, h], dim=1))
         return h
 
     def forward(self, images, collect=False):
@@ -436,15 +461,13 @@ class AugVAE(nn.Module):
         (summed over levels, weight included); codes as encode() gives them.
         `collect` hands the vectors to the codebook, whose update() then moves it once per optimizer step.
         """
-        quantised, codes, commitment = [], [], 0.0
-        for z in self.features(images):
-            z_q, code, loss = self.codebook(z)
-            if collect:
+        features = self.features(images)
+        quantised, codes, losses = zip(*map(self.codebook, features))
+        if collect:
+            for z, code in zip(features, codes):
                 self.codebook.collect(z, code)
-            quantised.append(z_q)
-            codes.append(code)
-            commitment = commitment + self.config.commitment * loss
-        return self.reconstruct(quantised), commitment, codes
+        commitment = sum(self.config.commitment * loss for loss in losses)
+        return self.reconstruct(quantised), commitment, list(codes)
 
     @torch.no_grad()
     def encode(self, images):
@@ -470,8 +493,8 @@ class AugVAE(nn.Module):
         """
         AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code): a new model with the
         encoders down to that grid, the decoders from it upward, and connectors in front of them. To be
-        fine-tuned. The connectors start so that the model computes what ML does with the missing halves at
-        zero (the release: at random). Raises ValueError for a side that is no level, or an AugVAE-SL.
+        fine-tuned. At first the connectors put zeros where half of a decoder's input is missing (the release:
+        random numbers). Raises ValueError for a side that is no level, or an AugVAE-SL.
         """
         if self.config.single_level:
             raise ValueError(f"this model is AugVAE-SL already, on grid {self.config.single_level}")
@@ -480,17 +503,15 @@ class AugVAE(nn.Module):
         model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)
         level, depth = self.config.levels.index(side), len(model.decoders)
         model.encoders.load_state_dict(self.encoders[:depth].state_dict())
-        decoders = nn.ModuleList(list(self.decoders)[-depth:])
-        model.decoders.load_state_dict(decoders.state_dict())
+        model.decoders.load_state_dict(self.decoders[-depth:].state_dict())
         model.codebook.load_state_dict(self.codebook.state_dict())
         with torch.no_grad():
-            for ours, theirs in ((model.pre_quant, self.pre_quant), (model.post_quant, self.post_quant)):
-                ours.weight.copy_(theirs.weight)
-                ours.bias.copy_(theirs.bias[level:level + 1])
+            for new, old in ((model.pre_quant, self.pre_quant), (model.post_quant, self.post_quant)):
+                new.weight.copy_(old.weight)
+                new.bias.copy_(old.bias[level:level + 1])
             z = self.config.z_channels
             for i, connector in enumerate(model.connectors):
-                # cat(this level, coarser decoder): the first has the level alone, others the decoder alone
-                start = 0 if i == 0 else z
+                start = 0 if i == 0 else z  # a decoder's input is cat(level, coarser decoder)
                 nn.init.zeros_(connector.weight)
                 nn.init.zeros_(connector.bias)
                 connector.weight[start:start + z, :, 0, 0] = torch.eye(z)
@@ -504,109 +525,6 @@ class AugVAE(nn.Module):
         Raises ValueError where the file is missing, damaged or something else, or asks to run code.
         """
         return from_lightning(cls, safe_load(path), path)
-
-
-# -----------------------------------------------------------------------------
-# Released weights: files that PyTorch Lightning 1.5 wrote
-
-RELEASED_NAMES = (  # what a module of the released encoders and decoders is called there, and here
-    (r"\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.", r".\1_\2_\3_\4."),
-    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
-    (r"\.mid\.", ".mid_"),
-    (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.(norm|conv)(1|2|_out)\.", r".conv\2.\1."),
-)
-
-
-def safe_load(path):
-    """
-    The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace
-    (which takes torch 2.5). Nothing in it is run.
-    Raises ValueError where the file is missing, damaged, or holds anything else.
-    """
-    let_in = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
-    try:
-        with let_in([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path}") from None
-    except Exception as e:  # noqa: BLE001 - a broken file fails in many ways: zip, pickle, end of file, ...
-        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
-        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})" if not found else
-                         f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, "
-                         "an argparse.Namespace are read") from None
-    if not hasattr(content, "keys"):
-        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
-    return content
-
-
-def from_lightning(cls, checkpoint, path):
-    """What safe_load(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
-    try:
-        config, tensors = translate_released(checkpoint)
-    except (LookupError, AttributeError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a released AugVAE ({type(e).__name__}: {e})") from None
-    model = cls(config)
-    here = model.state_dict()
-    for name in sorted({*here, *tensors}):
-        theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, here))
-        if theirs != ours:
-            raise ValueError(f"{path} is not a released AugVAE: {name} is {theirs}, and not {ours}")
-    model.load_state_dict(tensors)
-    return model.eval()
-
-
-def translate_released(checkpoint):
-    """
-    A released checkpoint's dict -> AugVAEConfig, and its tensors by our names. Sizes come from the tensors,
-    but for the side of the image, which leaves no trace in them; it is in the hyper-parameters.
-    """
-    state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("loss.")}
-    settings = checkpoint["hyper_parameters"]
-    settings = vars(settings if isinstance(settings, argparse.Namespace) else settings["args"])
-
-    def count(pattern):
-        return len({m[0] for m in map(re.compile(pattern).match, state) if m})
-
-    def multipliers(i):
-        return tuple(len(state[f"encoders.{i}.down.{j}.block.0.conv1.weight"]) // hidden
-                     for j in range(count(rf"encoders\.{i}\.down\.\d+\.")))
-
-    hidden, depth = len(state["encoders.0.conv_in.weight"]), count(r"encoders\.\d+\.")
-    n_levels = count(r"quantizers\.\d+\.")  # of AugVAE-ML: the surgery to SL leaves them all in the file
-    codebook, pre_quant = state["quantizers.0.embedding.weight"], state["pre_quants.0.weight"]
-    single_level = "connectors.0.weight" in state
-    ch_mult, inner = multipliers(0), multipliers(1) or AugVAEConfig.ch_mult_inner
-    finest = settings["resolution"] // 2 ** (len(ch_mult) - 1)
-    levels = tuple(finest // 2 ** (i * (len(inner) - 1)) for i in range(n_levels))
-    knobs = {"ae_dropout": "dropout", "commitment": "quant_beta",
-             "ema_decay": "quant_ema_decay", "ema_eps": "quant_ema_eps"}
-    config = AugVAEConfig(
-        image_size=settings["resolution"], levels=levels, hidden=hidden, ch_mult=ch_mult, ch_mult_inner=inner,
-        n_res_blocks=count(r"encoders\.0\.down\.0\.block\.\d+\."), n_groups=32,
-        attention="encoders.0.mid.attn_1.q.weight" in state, z_channels=pre_quant.shape[1],
-        codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1],
-        single_level=levels[depth - 1] if single_level else 0,
-        **{ours: settings[theirs] for ours, theirs in knobs.items() if theirs in settings})
-
-    tensors = {}
-    for name, tensor in state.items():
-        shared = re.match(r"(pre_quants|post_quants|quantizers)\.\d+\.(.*)", name)
-        if not shared:
-            for theirs, ours in RELEASED_NAMES:
-                name = re.sub(theirs, ours, name)
-            tensors[name] = tensor
-        elif shared[2] != "bias" and not torch.equal(tensor, state[f"{shared[1]}.0.{shared[2]}"]):
-            raise KeyError(f"one {shared[2]} for all {shared[1]}")
-    # pre_quants are numbered by level, post_quants in the order of the decoders: from the coarsest level up.
-    pre, post = ([depth - 1], [0]) if single_level else (range(n_levels), reversed(range(n_levels)))
-    for ours, theirs, order in (("pre_quant", "pre_quants", pre), ("post_quant", "post_quants", post)):
-        tensors[f"{ours}.weight"] = state[f"{theirs}.0.weight"]
-        tensors[f"{ours}.bias"] = torch.stack([state[f"{theirs}.{i}.bias"] for i in order])
-    for ours, theirs in (("weight", "weight"), ("cluster_size", "cluster_size"), ("embed_sum", "embed_avg")):
-        tensors[f"codebook.{ours}"] = state[f"quantizers.0.embedding.{theirs}"]
-    tensors["codebook.updates"] = torch.tensor(2 ** 20)  # past the quick decay of the first steps
-    return config, tensors
 
 
 # -----------------------------------------------------------------------------
@@ -653,7 +571,7 @@ class LPIPS(nn.Module):
     and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
     Raises OSError where a file cannot be had, ValueError where it is another.
     """
-    taps = (3, 8, 15, 22, 29)  # of torchvision's layers: the last ReLU of each resolution
+    taps = (3, 8, 15, 22, 29)  # torchvision's numbers of the layers: the last ReLU of each resolution
 
     def __init__(self, vgg_weights="", lpips_weights=""):
         super().__init__()
@@ -678,7 +596,7 @@ class LPIPS(nn.Module):
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
         self.requires_grad_(False)
 
-    def compared(self, images):
+    def unit_features(self, images):
         """(B, 3, H, W) -> five feature maps (B, C, h, w), fp32, of length 1 along C."""
         h = (images - self.shift) / self.scale
         for i, layer in enumerate(self.features):
@@ -688,4 +606,183 @@ class LPIPS(nn.Module):
 
     def forward(self, a, b):
         return sum(((x - y).square() * getattr(self, f"lin{i}")).sum(1).mean((1, 2))
-                   for i, (x, y) in enumerate(zip(self.compared(a), self.compared(b))))
+                   for i, (x, y) in enumerate(zip(self.unit_features(a), self.unit_features(b))))
+
+
+# -----------------------------------------------------------------------------
+# Released weights: files that PyTorch Lightning 1.5 wrote
+
+RELEASED_NAMES = (  # what a module of the released encoders and decoders is called there, and here
+    (r"\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.", r".\1_\2_\3_\4."),
+    (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
+    (r"\.mid\.", ".mid_"),
+    (r"\.nin_shortcut\.", ".shortcut."),
+    (r"\.(norm|conv)_out\.", r".conv_out.\1."),
+)
+
+
+def safe_load(path):
+    """
+    The dict in a file of torch.save that holds tensors, plain containers and at most an argparse.Namespace
+    (which takes torch 2.5). Nothing in it is run.
+    Raises ValueError where the file is missing, damaged, or holds anything else.
+    """
+    safe_globals = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
+    try:
+        with safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"there is no file {path}") from None
+    except Exception as e:  # a broken file fails in many ways: zip, pickle, end of file, ...
+        found = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
+        raise ValueError(f"{path} is not a whole checkpoint ({type(e).__name__})" if not found else
+                         f"{path} asks to run {found[1]}: only tensors, plain values and, from torch 2.5 on, "
+                         "an argparse.Namespace are read") from None
+    if not hasattr(content, "keys"):
+        raise ValueError(f"{path} holds a {type(content).__name__}, not weights by name")
+    return content
+
+
+def from_lightning(cls, checkpoint, path):
+    """What safe_load(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
+    try:
+        state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("loss.")}
+        settings = checkpoint["hyper_parameters"]
+        settings = vars(settings if isinstance(settings, argparse.Namespace) else settings["args"])
+        config = released_config(state, settings)
+        tensors = released_tensors(state, config)
+    except (LookupError, AttributeError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is not a released AugVAE ({type(e).__name__}: {e})") from None
+    model = cls(config)
+    expected = model.state_dict()
+    for name in sorted({*expected, *tensors}):
+        theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, expected))
+        if theirs != ours:
+            raise ValueError(f"{path} is not a released AugVAE: {name} is {theirs}, and not {ours}")
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def released_config(state, settings):
+    """
+    Released tensors by name, and settings -> AugVAEConfig. Sizes come from the tensors, but for the side of
+    the image, which leaves no trace in them.
+    """
+    def count(pattern):
+        return len({m[0] for m in map(re.compile(pattern).match, state) if m})
+
+    def multipliers(i):
+        return tuple(len(state[f"encoders.{i}.down.{j}.block.0.conv1.weight"]) // hidden
+                     for j in range(count(rf"encoders\.{i}\.down\.\d+\.")))
+
+    hidden = len(state["encoders.0.conv_in.weight"])
+    codebook, pre_quant = state["quantizers.0.embedding.weight"], state["pre_quants.0.weight"]
+    ch_mult, inner = multipliers(0), multipliers(1) or AugVAEConfig.ch_mult_inner
+    finest = settings["resolution"] // 2 ** (len(ch_mult) - 1)
+    n_levels = count(r"quantizers\.\d+\.")  # also of AugVAE-SL: its file still has those of all levels
+    levels = tuple(finest // 2 ** (i * (len(inner) - 1)) for i in range(n_levels))
+    names = {"ae_dropout": "dropout", "commitment": "quant_beta",
+             "ema_decay": "quant_ema_decay", "ema_eps": "quant_ema_eps"}
+    return AugVAEConfig(
+        image_size=settings["resolution"], levels=levels, hidden=hidden, ch_mult=ch_mult, ch_mult_inner=inner,
+        n_res_blocks=count(r"encoders\.0\.down\.0\.block\.\d+\."), n_groups=32,
+        attention="encoders.0.mid.attn_1.q.weight" in state, z_channels=pre_quant.shape[1],
+        codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1],
+        single_level=levels[count(r"encoders\.\d+\.") - 1] if "connectors.0.weight" in state else 0,
+        **{ours: settings[theirs] for ours, theirs in names.items() if theirs in settings})
+
+
+def released_tensors(state, config):
+    """Released tensors by the release's names -> by ours. Raises KeyError where tied ones are not equal."""
+    tensors = {}
+    for name, tensor in state.items():
+        tied = re.match(r"(pre_quants|post_quants|quantizers)\.\d+\.(.*)", name)
+        if not tied:
+            for theirs, ours in RELEASED_NAMES:
+                name = re.sub(theirs, ours, name)
+            tensors[name] = tensor
+        elif tied[2] != "bias" and not torch.equal(tensor, state[f"{tied[1]}.0.{tied[2]}"]):
+            raise KeyError(f"one {tied[2]} for all {tied[1]}")
+    # pre_quants are numbered by level, post_quants in the order of the decoders: from the coarsest level up.
+    pre = [config.levels.index(grid) for grid in config.grids]
+    post = [0] if config.single_level else reversed(pre)
+    for ours, theirs, order in (("pre_quant", "pre_quants", pre), ("post_quant", "post_quants", post)):
+        tensors[f"{ours}.weight"] = state[f"{theirs}.0.weight"]
+        tensors[f"{ours}.bias"] = torch.stack([state[f"{theirs}.{i}.bias"] for i in order])
+    for ours, theirs in (("weight", "weight"), ("cluster_size", "cluster_size"), ("embed_sum", "embed_avg")):
+        tensors[f"codebook.{ours}"] = state[f"quantizers.0.embedding.{theirs}"]
+    tensors["codebook.updates"] = torch.tensor(2 ** 20)  # past the quick decay of the first steps
+    return tensors
+
+
+# -----------------------------------------------------------------------------
+# Same result, less memory or time
+
+def norm_silu_conv(x, norm, conv, dropout=0.0):
+    """
+    conv(dropout(silu(norm(x)))), (B, C, h, w) -> (B, out_channels, h, w), for a 3x3 convolution.
+
+    Keeps x alone for the backward pass, where what lies between is computed again in a few percent of the
+    convolution's time. Autograd would keep three more maps of the size of x.
+    """
+    dropout_mask = F.dropout(torch.ones_like(x), dropout) if dropout else None
+    return NormSiLUConvFunction.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, dropout_mask,
+                                      norm.num_groups, norm.eps)
+
+
+class NormSiLUConvFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, gamma, beta, weight, bias, dropout_mask, n_groups, eps):
+        ctx.save_for_backward(x, gamma, beta, weight, dropout_mask)
+        ctx.sizes, ctx.eps = (*x.shape[:2], x.shape[2] * x.shape[3], n_groups), eps
+        h = torch.native_group_norm(for_norm(x), gamma, beta, *ctx.sizes, eps)[0]
+        h = F.silu(h, inplace=True)
+        h = h if dropout_mask is None else h * dropout_mask
+        return F.conv2d(for_conv(h, x.dtype), weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, gamma, beta, weight, dropout_mask = ctx.saved_tensors
+        amp_dtype = grad.dtype  # the backward pass runs outside autocast
+        dropped = (lambda h: h) if dropout_mask is None else dropout_mask.mul
+        norm_in = for_norm(x)
+        norm_out, mean, rstd = torch.native_group_norm(norm_in, gamma, beta, *ctx.sizes, ctx.eps)
+        grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
+            grad, for_conv(dropped(F.silu(norm_out)), amp_dtype), weight.to(amp_dtype), [len(weight)],
+            [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3)
+        grad_h = torch.ops.aten.silu_backward(for_norm(dropped(grad_h)).to(norm_out.dtype), norm_out)
+        grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
+            grad_h, norm_in, mean, rstd, gamma, *ctx.sizes, [True] * 3)
+        return for_conv(grad_x, x.dtype), grad_gamma, grad_beta, grad_weight, grad_bias, None, None, None
+
+
+# CUDA's group norm wants fp32 maps beside fp32 weights and, before torch 2.14, NCHW: its forward pass refuses
+# channels_last, its backward pass silently reads it as NCHW. Convolutions are fastest in channels_last. So on
+# CUDA a map is copied on its way from one to the other. Under autocast the change of dtype takes these copies
+# anyway; in fp32 they move 16 bytes a number in the forward pass and 32 in the backward pass.
+
+def is_cuda(x):
+    return x.is_cuda
+
+
+def for_norm(x):
+    """(B, C, h, w) as group norm takes it: on CUDA in fp32 and NCHW; a CPU takes it as it is."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous() if is_cuda(x) else x
+
+
+def for_conv(x, dtype):
+    """(B, C, h, w) for a convolution in this dtype: on CUDA channels_last; on a CPU it is so already."""
+    return x.to(dtype, memory_format=torch.channels_last) if is_cuda(x) else x.to(dtype)
+
+
+def upsample_conv(x, weight, bias):
+    """
+    conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1), at 4/9 of the arithmetic.
+
+    Nearest x2 repeats every pixel as a 2x2 box, so the 3x3 kernel and the box merge into one 4x4 kernel
+    that a stride-2 transposed convolution applies at the low resolution: 16 products a pixel instead of 36.
+    """
+    k = weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3), the layout of transposed convolutions
+    k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
+    k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
+    return F.conv_transpose2d(x, k, bias, stride=2, padding=1)

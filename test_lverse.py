@@ -7,6 +7,7 @@ They compare with brute force, a reference, or the long way round; the last ones
 """
 import argparse
 import contextlib
+import copy
 import csv
 import dataclasses
 import gzip
@@ -51,6 +52,23 @@ from data import DataConfig
 from tokenizer import Tokenizer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def assert_same_values_and_gradients(f, g, inputs, tolerance, parameters=(), amp=False):
+    """
+    f(*inputs) and g(*inputs) agree, in dtype and up to a share `tolerance` of the largest value; so do the
+    gradients of inputs and parameters. Both draw the same random numbers; amp runs them in bfloat16 autocast.
+    """
+    results = []
+    for function in (f, g):
+        torch.manual_seed(1)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):  # one each: it caches weights
+            y = function(*inputs)
+        loss = (y * torch.randn(y.shape, dtype=y.dtype)).sum()
+        results.append([y, *torch.autograd.grad(loss, [*inputs, *parameters])])
+    for a, b in zip(*results):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 # -----------------------------------------------------------------------------
 # tokenizer.py
@@ -1139,53 +1157,103 @@ def test_augvae_config_names_what_does_not_fit(field, value, message):
         dataclasses.replace(TINY, **{field: value})
 
 
+def norm_and_conv(dtype=torch.float32):
+    torch.manual_seed(0)
+    norm, conv = nn.GroupNorm(2, 8, eps=1e-6), nn.Conv2d(8, 6, 3, padding=1)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.to(dtype), conv.to(dtype).to(memory_format=torch.channels_last)
+
+
+def channels_last(*shape, dtype=torch.float32):
+    return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_the_fused_convolution_equals_its_plain_version(dtype, dropout):
-    config = AugVAEConfig(hidden=8, n_groups=2)
-    torch.manual_seed(0)
-    fused = augvae.NormSiLUConv(8, 6, config, dropout)
-    nn.init.normal_(fused.norm.weight)
-    nn.init.normal_(fused.norm.bias)
-    low = dtype if dtype is torch.bfloat16 else torch.float32
-    fused.to(torch.float64 if dtype is torch.float64 else torch.float32)
-    x = torch.randn(3, 8, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
-    seen = []
+def test_norm_silu_conv_equals_its_plain_version(dtype, dropout):
+    amp = dtype is torch.bfloat16
+    norm, conv = norm_and_conv(torch.float32 if amp else dtype)
 
     def plain(x):
-        return fused.conv(F.silu(fused.norm(x)) * (F.dropout(torch.ones_like(x), dropout) if dropout else 1))
+        return conv(F.silu(norm(x)) * (F.dropout(torch.ones_like(x), dropout) if dropout else 1))
 
-    for f in (fused, plain):
-        torch.manual_seed(1)  # the same dropout mask
-        # not shared: it caches weights
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-            y = f(x)
-        torch.manual_seed(2)
-        loss = (y.to(dtype) * torch.randn(y.shape, dtype=dtype)).sum()
-        seen.append([y, *torch.autograd.grad(loss, [x, *fused.parameters()])])
-    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    for a, b in zip(*seen):
-        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
-    assert low == seen[0][0].dtype or dtype is torch.float64
+    assert_same_values_and_gradients(
+        lambda x: augvae.norm_silu_conv(x, norm, conv, dropout), plain,
+        [channels_last(3, 8, 6, 5, dtype=dtype)],
+        {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype],
+        [*norm.parameters(), *conv.parameters()], amp)
 
 
-def test_the_fused_convolution_keeps_its_input_alone():
-    layer, held = augvae.NormSiLUConv(8, 8, AugVAEConfig(hidden=8, n_groups=2)), []
-    x = torch.randn(2, 8, 16, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: held.append(t) or t, lambda t: t):
-        layer(x)
-    assert [t.data_ptr() for t in held if t.numel() >= x.numel()] == [x.data_ptr()]
+def test_blocks_equal_their_plain_version():
+    torch.manual_seed(0)
+    block = augvae.ResBlock(8, 16, dataclasses.replace(TINY, ae_dropout=0.3))
+
+    def plain(x):
+        h = block.conv1(F.silu(block.norm1(x)))
+        h = F.silu(block.norm2(h))
+        return block.shortcut(x) + block.conv2(h * F.dropout(torch.ones_like(h), 0.3, block.training))
+
+    for block_or_eval in (block.train(), block.eval()):
+        assert_same_values_and_gradients(block_or_eval, plain, [channels_last(2, 8, 4, 4)], 1e-5,
+                                         list(block.parameters()))
+    last = augvae.NormSiLUConv(8, 6, TINY)
+    assert_same_values_and_gradients(last, lambda x: last.conv(F.silu(last.norm(x))),
+                                     [channels_last(2, 8, 4, 4)], 1e-5, list(last.parameters()))
+
+
+def test_norm_silu_conv_keeps_its_input_alone():
+    (norm, conv), kept = norm_and_conv(), []
+    x = channels_last(2, 8, 16, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        augvae.norm_silu_conv(x, norm, conv)
+    assert [t.data_ptr() for t in kept if t.numel() >= x.numel()] == [x.data_ptr()]
+
+
+@pytest.mark.parametrize("amp", [False, True])
+def test_on_cuda_group_norm_gets_nchw_and_convolutions_channels_last(amp, monkeypatch):
+    """Before torch 2.14 CUDA's group norm refuses other layouts; its backward pass reads them as NCHW."""
+    norm, conv = norm_and_conv()
+    x = channels_last(3, 8, 6, 5, dtype=torch.bfloat16 if amp else torch.float32)
+
+    def plain(x):
+        return conv(F.silu(norm(x)) * F.dropout(torch.ones_like(x), 0.5))
+
+    def fused(x):
+        return augvae.norm_silu_conv(x, norm, conv, 0.5)
+
+    def watch(module, name, first, last, layout, dtype):
+        original = getattr(module, name)
+
+        def watched(*args, **options):
+            for t in args[first:last]:
+                assert t.is_contiguous(memory_format=layout) and t.dtype == dtype, name
+            seen.append(name)
+            return original(*args, **options)
+        monkeypatch.setattr(module, name, watched)
+
+    seen = []
+    monkeypatch.setattr(augvae, "is_cuda", lambda x: True)
+    watch(torch, "native_group_norm", 0, 1, torch.contiguous_format, torch.float32)
+    watch(torch.ops.aten, "native_group_norm_backward", 0, 2, torch.contiguous_format, torch.float32)
+    watch(F, "conv2d", 0, 1, torch.channels_last, x.dtype)
+    watch(torch.ops.aten, "convolution_backward", 1, 2, torch.channels_last, x.dtype)
+    assert_same_values_and_gradients(fused, plain, [x], 3e-2 if amp else 1e-5,
+                                     [*norm.parameters(), *conv.parameters()], amp)
+    assert seen[:5] == ["native_group_norm", "conv2d", "native_group_norm", "convolution_backward",
+                        "native_group_norm_backward"]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
+        y = fused(x)
+    for t in (y, torch.autograd.grad(y.sum(), x)[0]):  # as the layers before and behind want it
+        assert t.is_contiguous(memory_format=torch.channels_last) and t.dtype == x.dtype
 
 
 def test_upsample_is_nearest_then_convolution():
     torch.manual_seed(0)
     up, x = Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
-    plain = F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1)
-    assert torch.allclose(up(x), plain, atol=1e-12)
-    w = torch.randn_like(plain)
-    for a, b in zip(torch.autograd.grad((up(x) * w).sum(), [x, up.weight, up.bias]),
-                    torch.autograd.grad((plain * w).sum(), [x, up.weight, up.bias])):
-        assert torch.allclose(a, b, atol=1e-12)
+    assert_same_values_and_gradients(
+        up, lambda x: F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1), [x], 1e-12,
+        list(up.parameters()))
 
 
 def test_nearest_code_is_brute_force():
@@ -1209,6 +1277,25 @@ def test_entropy_constrained_quantisation_is_brute_force():
     plain.load_state_dict(book.state_dict())
     assert codebook_use(torch.bincount(brute, minlength=24))[1] < codebook_use(
         torch.bincount(plain.nearest(z), minlength=24))[1]
+
+
+@pytest.mark.parametrize("setting, tf32", [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_codes_are_searched_in_full_fp32_where_tf32_is_allowed(setting, tf32, monkeypatch):
+    matmul, addmm, seen = torch.backends.cuda.matmul, torch.addmm, []
+    if setting == "fp32_precision" and not hasattr(torch.backends, setting):
+        pytest.skip(f"torch {torch.__version__} has no {setting}")
+    monkeypatch.setattr(torch, "addmm", lambda *args, **options: seen.append(matmul.allow_tf32) or
+                        addmm(*args, **options))
+    book, before = Codebook(TINY), getattr(matmul, setting)
+    try:
+        setattr(matmul, setting, tf32)
+        book.nearest(torch.randn(9, 6))
+        with pytest.raises(RuntimeError):
+            book.nearest(torch.randn(9, 5))
+        after = getattr(matmul, setting)
+    finally:
+        setattr(matmul, setting, before)
+    assert seen == [False, False] and after == tf32
 
 
 def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
@@ -1248,6 +1335,61 @@ def test_joint_ema_update_against_a_loop():
     assert use == pytest.approx((p > 0).float().mean().item())
     assert perplexity == pytest.approx(math.exp(-sum(q * math.log(q) for q in p.tolist() if q)), rel=1e-5)
     assert codebook_use(torch.ones(24)) == (1.0, pytest.approx(24))
+
+
+def test_a_skipped_step_discards_what_was_collected():
+    torch.manual_seed(0)
+    book, z = Codebook(TINY), torch.randn(2, 6, 4, 4)
+    other = copy.deepcopy(book)
+    book.collect(z + 1, book(z + 1)[1])
+    book.discard()
+    for b in (book, other):
+        b.collect(z, b(z)[1])
+        b.update()
+        assert b.pending is None
+    assert all(torch.equal(book.state_dict()[name], value) for name, value in other.state_dict().items())
+
+
+def test_ranks_move_the_codebook_as_one_rank_with_all_vectors_does(monkeypatch):
+    """Three ranks, each with a third of the batch and one all_reduce; what is expected comes from loops."""
+    torch.manual_seed(0)
+    book = Codebook(dataclasses.replace(TINY, codebook_size=96, dead_below=0.5))  # three revivals an update
+    z = torch.randn(3, 16, 6)  # rank, vector, dim
+    keys = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).log()
+    counts, sums, drawn = torch.zeros(96), torch.zeros(96, 6), []
+    for rank in range(3):
+        for i, k in enumerate(book.nearest(z[rank]).tolist()):
+            counts[k] += 1
+            sums[k] += z[rank, i]
+            drawn.append((keys[rank, i] / (z[rank, i] - book.weight[k]).square().sum(), rank, i))
+    sizes, sums = 0.9 * counts, 0.9 * sums  # the first update's decay is 1/10
+    threshold = 0.5 * 48 / 96
+    dead = [k for k in range(96) if sizes[k] < threshold][:3]
+    for k, (_, rank, i) in zip(dead, sorted(drawn, reverse=True)):
+        sizes[k], sums[k] = 2 * threshold, 2 * threshold * z[rank, i]
+    ranks, messages = [copy.deepcopy(book) for _ in range(3)], []
+    monkeypatch.setattr(augvae.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(augvae.dist, "get_world_size", lambda: 3)
+    monkeypatch.setattr(augvae.dist, "all_reduce", lambda t: messages.append(t.clone()))
+    for message in (0, 1):  # all ranks once to see what they send, and again to receive the sum of it
+        for rank, own in enumerate(ranks):
+            monkeypatch.setattr(augvae.dist, "get_rank", lambda rank=rank: rank)
+            part = z[rank].view(1, 4, 4, 6).permute(0, 3, 1, 2)
+            own.collect(part, own(part)[1])
+            if message:
+                own.update()
+            else:
+                own.reduce(own.pending)
+                own.discard()
+        total = sum(messages)
+        assert len(messages) == 3
+        monkeypatch.setattr(augvae.dist, "all_reduce", lambda t, total=total: t.copy_(total))
+    for own in ranks:
+        assert torch.allclose(own.cluster_size, sizes) and torch.allclose(own.embed_sum, sums, atol=1e-6)
+        alive = sizes > 0
+        assert torch.allclose(own.weight[alive], sums[alive] / sizes[alive, None], rtol=1e-3)
+        assert torch.equal(own.weight[~alive], book.weight[~alive])
+        assert all(torch.equal(getattr(own, name), value) for name, value in ranks[0].state_dict().items())
 
 
 def test_dead_codes_are_revived_with_their_state():
