@@ -1,13 +1,14 @@
 """
 BiART: one GPT that paints an image from a caption and captions an image, over text and AugVAE's image tokens.
 
-    text -> image    t_1 ... t_64   i_1 ... i_1024      segment: REF x 64,   GEN x 1024
-    image -> text    i_1 ... i_1024 t_1 ... t_64        segment: REF x 1024, GEN x 64
+    text -> image                                   image -> text
+    tokens    t_1 ... t_64  i_1 ... i_1024          tokens    i_1 ... i_1024  t_1 ... t_64
+    segment   REF ... REF   GEN ... GEN             segment   REF ... REF     GEN ... GEN
+    predicts   -  ... i_1   i_2 ...  -              predicts   -  ... t_1     t_2 ...  -
 
-What a token embeds to is token + segment + position: the segment (REF, what is given; GEN, what is generated)
-is how the model knows which way it runs. Attention is causal over the whole sequence in both layouts; the
-first GEN token is predicted at the last REF position. Both layouts have one length, so half a batch each way
-goes through in one forward.
+A token's embedding is token + segment + position. The segment says which side is given (REF) and which is
+generated (GEN), and so which way the model runs. Attention is causal over the whole sequence in both layouts.
+Both have the same length, so that half of a batch runs each way in one forward pass.
 
 References:
 1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.2); the authors' recipe is minGPT
@@ -15,6 +16,7 @@ References:
 2) GPT-2, Radford et al. 2019, for the blocks and the initialisation.
 3) Classifier-free guidance, Ho & Salimans 2022, https://arxiv.org/abs/2207.12598.
 """
+import functools
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -43,17 +45,19 @@ class BiARTConfig:
     positions: str = "modality"  # modality (text: index; image: row + column), sequence (published: absolute)
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
-    text_vocab: int = derived(49408)
+    text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
     pad_token: int = derived(49406)  # fills up behind it
-    image_vocab: int = derived(8192)
+    image_vocab: int = derived(8192)  # entries of the codebook
     image_side: int = derived(32)  # rows, and columns, of image tokens
+
+    limits = {"n_layer": "[1, inf)", "n_head": "[1, inf)", "n_embd": "[1, inf)", "dropout": "[0, 1)",
+              "n_text": "[2, inf)", "null_prob": "[0, 1]", "ref_loss": "[0, inf)"}
+    choices = {"positions": ("modality", "sequence")}
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.positions not in ("modality", "sequence"):
-            raise ValueError(f"positions {self.positions!r} is none of: modality, sequence")
 
     @property
     def n_image(self):
@@ -69,108 +73,47 @@ class BiARTConfig:
 # -----------------------------------------------------------------------------
 # The transformer
 
-def linear(x, weight, bias=None):
-    """
-    x (..., in), weight (out, in), bias (out,) or None -> (..., out), contiguous: F.linear. On a CPU the few
-    rows of a decoding step go as a batch of products, each with a sixteenth of the weights: BLAS then reads
-    these, of which each is needed once, up to twice as fast. Up to 4 rows do best to the weights' right.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
-        return F.linear(x, weight, bias)
-    parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])
-    rows = rows.expand(len(parts), -1, -1)
-    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT  # (16, rows, part)
-    # reshape alone may give a view with gaps between channels, for which no fused attention is chosen
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1).contiguous()
-    return y if bias is None else y + bias.to(y.dtype)
-
-
-class LinearAfter(torch.autograd.Function):
-    """
-    linear(f(x, *params), weight, bias), which keeps x for the backward pass and works out f(x) there again. f
-    is a layer norm or GELU: a small part of the product's time, and more memory than the product's own input.
-    """
-    @staticmethod
-    def forward(ctx, f, x, weight, bias, *params):
-        ctx.f, ctx.biased = f, bias is not None
-        ctx.save_for_backward(x, weight, *params)
-        return linear(f(x, *params), weight, bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, weight, *params = ctx.saved_tensors
-        leaves = [t.detach().requires_grad_() for t in (x, *params)]
-        with torch.enable_grad():
-            y = ctx.f(*leaves)
-        amp_dtype = grad.dtype  # that of autocast, which the backward pass is outside of
-        rows, seen = grad.flatten(0, -2), y.detach().flatten(0, -2).to(amp_dtype)
-        grad_x, *grad_params = torch.autograd.grad(y, leaves, (grad @ weight.to(amp_dtype)).to(y.dtype))
-        return None, grad_x, rows.t() @ seen, rows.sum(0) if ctx.biased else None, *grad_params
-
-    @staticmethod
-    def call(f, x, weight, bias, *params):
-        if torch.is_grad_enabled():
-            return LinearAfter.apply(f, x, weight, bias, *params)
-        return linear(f(x, *params), weight, bias)  # nothing to keep: decoding does without apply's overhead
-
-
-class NormLinear(nn.Linear):
-    """A layer norm, then a linear layer."""
-
-    def __init__(self, in_features, out_features, bias=True):
-        super().__init__(in_features, out_features, bias)
-        self.norm = nn.LayerNorm(in_features)
-
-    def normed(self, x, weight, bias):
-        return F.layer_norm(x, self.norm.normalized_shape, weight, bias, self.norm.eps)
-
-    def forward(self, x):
-        return LinearAfter.call(self.normed, x, self.weight, self.bias, self.norm.weight, self.norm.bias)
-
-
-class GELULinear(nn.Linear):
-    """GELU, then a linear layer."""
-
-    def forward(self, x):
-        return LinearAfter.call(F.gelu, x, self.weight, self.bias)
+def causal_attention(q, k, v):
+    """q, k, v (B, nh, T, hs) -> softmax(q k^T / sqrt(hs)) v, without a look ahead: (B, nh, T, hs)."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 class CausalSelfAttention(nn.Module):
+    """attention(ln(x)): the layer norm in front is part of it."""
 
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
         # Query, key and value in one. Without bias: the key's has no effect, so its gradient is rounding
         # noise, which Adam would blow up to full steps, others on two GPUs than on one.
-        self.c_attn = NormLinear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.ln = nn.LayerNorm(config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None, pos=None, mask=None):
+    def forward(self, x, attend):
         B, T, C = x.shape
-        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        qkv = qkv.permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k, v = qkv
-        if cache is not None:  # (2, B, nh, T_max, hs): keys and values of all positions so far
-            cache.index_copy_(3, pos, qkv[1:])
-        if mask is not None:
-            k, v = cache[:, :, :, :mask.shape[-1]]
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None)
+        qkv = norm_linear(x, self.ln, self.c_attn)  # = self.c_attn(self.ln(x))
+        q, k, v = qkv.view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs)
+        y = attend(q, k, v)  # causal_attention, or while decoding KVCache.attend, which equals it
         y = y.transpose(1, 2).reshape(B, T, C)
-        return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))
+        return self.resid_dropout(linear(y, self.c_proj.weight, self.c_proj.bias))  # = self.c_proj(y)
 
 
 class MLP(nn.Module):
+    """mlp(ln(x)): the layer norm in front is part of it."""
 
     def __init__(self, config):
         super().__init__()
-        self.c_fc = NormLinear(config.n_embd, 4 * config.n_embd)
-        self.c_proj = GELULinear(4 * config.n_embd, config.n_embd)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.ln = nn.LayerNorm(config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
-        return self.dropout(self.c_proj(self.c_fc(x)))
+        x = norm_linear(x, self.ln, self.c_fc)  # = self.c_fc(self.ln(x))
+        x = gelu_linear(x, self.c_proj)  # = self.c_proj(F.gelu(x))
+        return self.dropout(x)
 
 
 class Block(nn.Module):
@@ -180,50 +123,12 @@ class Block(nn.Module):
         self.attn = CausalSelfAttention(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, rows=None, cache=None, pos=None, mask=None):
-        """(B, T, C) -> the same; with rows, of all B * T positions those alone: (len(rows), C)."""
-        x = x + self.attn(x, cache, pos, mask)
-        if rows is not None:
-            x = x.flatten(0, 1)[rows]
-        return x + self.mlp(x)
-
-
-class LinearCrossEntropy(torch.autograd.Function):
-    """
-    h (N, C), weight (V, C), targets (N,), share (N,), with_gradient -> sum of share * cross-entropy, a scalar
-    to differentiate, and the cross-entropies themselves (N,), nats, to read. The scores (N, V) exist a chunk
-    of rows at a time only: the gradient is worked out while a chunk is there, so that the backward pass has
-    nothing to do again.
-    """
-    chunk = 2 ** 22  # scores held at once
-
-    @staticmethod
-    def forward(ctx, h, weight, targets, share, with_gradient):
-        rows = max(1, LinearCrossEntropy.chunk // len(weight))
-        nll = torch.empty(len(h), device=h.device)
-        grad_h, grad_weight = torch.empty_like(h) if with_gradient else None, None
-        scale = share.max()  # comes in at the end: float16 would lose such small gradients on the way
-        for start in range(0, len(h), rows):
-            part = slice(start, start + rows)
-            scores = F.linear(h[part], weight)  # (rows, V), in autocast's type
-            amp_dtype, scores = scores.dtype, scores.float()
-            top = scores.logsumexp(1, keepdim=True)
-            wanted = targets[part, None]
-            nll[part] = (top - scores.gather(1, wanted))[:, 0]
-            if with_gradient:  # of the scores: share * (softmax - one-hot)
-                grad = scores.sub_(top).exp_().scatter_add_(1, wanted, -torch.ones_like(top))
-                grad = grad.mul_((share[part] / scale)[:, None]).to(amp_dtype)
-                grad_h[part] = grad @ weight
-                product = grad.t() @ h[part]
-                grad_weight = product.to(weight.dtype) if start == 0 else grad_weight.add_(product)
-        ctx.save_for_backward(grad_h, grad_weight, scale)
-        ctx.mark_non_differentiable(nll)
-        return (nll * share).sum(), nll
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        grad_h, grad_weight, scale = ctx.saved_tensors
-        return grad_h.mul_(grad * scale), grad_weight.mul_(grad * scale), None, None, None
+    def forward(self, x, attend=causal_attention, starts=None):
+        """(B, T, C) -> (B, T, C), or, with starts, the part of it that `tails` leaves: (N, C)."""
+        x = x + self.attn(x, attend)  # x + attn(ln(x))
+        x = x if starts is None else tails(x, starts)
+        x = x + self.mlp(x)  # x + mlp(ln(x))
+        return x
 
 
 # -----------------------------------------------------------------------------
@@ -234,7 +139,7 @@ class BiART(nn.Module):
     Text is LongTensor (B, n_text), padded behind its end token; images LongTensor (B, n_image), row by row.
     A direction is named by what it generates: to="image" or to="text".
     """
-    use_cuda_graphs = True  # decode by CUDA graphs on CUDA; not where blocks communicate, as a sharded model's do
+    use_cuda_graphs = True  # on CUDA, decode by graphs, unless the blocks are sharded
 
     def __init__(self, config):
         super().__init__()
@@ -250,7 +155,7 @@ class BiART(nn.Module):
             self.position = nn.Embedding(c.n_text + c.n_image, c.n_embd)
         self.drop = nn.Dropout(c.dropout)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.norm = nn.LayerNorm(c.n_embd)
+        self.ln_f = nn.LayerNorm(c.n_embd)
         self.init_weights()
 
     def init_weights(self):
@@ -263,7 +168,7 @@ class BiART(nn.Module):
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
-            elif "norm" in name:
+            elif name.endswith(("ln.weight", "ln_f.weight")):
                 nn.init.ones_(p)
             else:
                 residual = name.endswith("c_proj.weight")
@@ -277,58 +182,60 @@ class BiART(nn.Module):
             position = self.position.weight[start:start + c.length(modality)]
         elif modality == "text":
             position = self.text_position.weight
-        else:
+        else:  # (side, 1, C) + (1, side, C)
             position = (self.row_position.weight[:, None] + self.column_position.weight[None]).flatten(0, 1)
         return position + self.segment.weight[segment]
 
-    def embed(self, tokens, modality, segment, null=None):
-        """tokens (B, n), from the start of their side -> (B, n, C), blanked where null (B,) is true."""
+    def embed_side(self, tokens, modality, segment, null=None):
+        """tokens (B, n), the first n of a side -> (B, n, C), replaced by null embeddings where null (B,)."""
         x = self.token[modality](tokens)
         if null is not None:
             x = torch.where(null[:, None, None], self.null[modality].to(x.dtype), x)
         return x + self.position_embedding(modality, segment)[:tokens.shape[1]]
 
-    def sequence(self, text, image, to, null=None):
-        """The embedded layout of one direction: (B, n_text + n_image, C). null (B,) blanks REF sides."""
-        sides = {"text": text, "image": image}
-        ref = OTHER[to]
-        return torch.cat([self.embed(sides[ref], ref, REF, null), self.embed(sides[to], to, GEN)], dim=1)
+    def embed(self, text, image, to, null=None):
+        """The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank."""
+        sides, ref = {"text": text, "image": image}, OTHER[to]
+        ref_side, gen_side = self.embed_side(sides[ref], ref, REF, null), self.embed_side(sides[to], to, GEN)
+        return torch.cat([ref_side, gen_side], dim=1)
 
-    def trunk(self, x, rows=None, cache=None, pos=None, mask=None):
+    def transformer(self, x, starts=None, cache=None):
         """
-        (B, T, C) -> (B, T, C), before the final norm. With rows, LongTensor into all B * T positions, the
-        last block goes on with those alone, as where only some are needed: (len(rows), C). cache, pos and
-        mask: see new_cache and decode_step.
+        (B, T, C) -> (B, T, C), before the final layer norm. With starts, the last block's MLP skips the
+        positions before them, and the result is what `tails` leaves: (N, C).
         """
         x = self.drop(x)
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x = block(x, rows if last else None, None if cache is None else cache[i], pos, mask)
+            attend = functools.partial(cache.attend, i) if cache is not None else causal_attention
+            x = block(x, attend, starts if block is self.blocks[-1] else None)
         return x
 
     def logits(self, h, modality):
         """
-        Hidden states (..., C) -> scores of the next token (..., vocab of the modality it belongs to): image
-        positions are scored over the image codes only, text positions over the text only. As in GPT-2, the
+        Hidden states (..., C) -> logits of the next token (..., vocab of the modality it belongs to): image
+        positions choose among the image codes only, text positions among the text only. As in GPT-2, the
         weights are the embedding's.
         """
-        return linear(self.norm(h), self.token[modality].weight)
+        return linear(self.ln_f(h), self.token[modality].weight)  # = self.ln_f(h) @ weight.T
 
-    def scored(self, tokens, modality):
-        """Which tokens count: all but the padding. A text is scored up to and including its end token."""
+    def loss_mask(self, tokens, modality):
+        """(B, n) -> bool (B, n), which tokens count: all but padding. The end token is no padding."""
         return (tokens != self.config.pad_token if modality == "text"
                 else torch.ones_like(tokens, dtype=torch.bool))
 
     def cross_entropy(self, h, targets, modality):
         """
-        Hidden states (B, n, C), each one place before its target (B, n) -> the mean over samples of the mean
-        over a sample's scored tokens, a scalar; and each sample's sum over these (B,), to read. Nats.
+        Hidden states (B, n, C), each of the position before its target, and targets (B, n) -> the mean over
+        samples of the mean over a sample's tokens, a scalar; and each sample's sum, to read: (B,). Nats.
+        Padding does not count.
         """
-        scored = self.scored(targets, modality)
-        share = scored / scored.sum(1, keepdim=True) / len(targets)
-        mean, nll = LinearCrossEntropy.apply(self.norm(h).flatten(0, 1), self.token[modality].weight,
-                                             targets.flatten(), share.flatten(), torch.is_grad_enabled())
-        return mean, (nll.view_as(targets) * scored).sum(1)
+        mask = self.loss_mask(targets, modality)
+        token_weights = mask / mask.sum(1, keepdim=True) / len(targets)
+        # = (token_weights * F.cross_entropy(self.logits(h), targets)).sum(), and the cross-entropies
+        mean, nll = LinearCrossEntropy.apply(self.ln_f(h).flatten(0, 1), self.token[modality].weight,
+                                             targets.flatten(), token_weights.flatten(),
+                                             torch.is_grad_enabled())
+        return mean, (nll.view_as(targets) * mask).sum(1)
 
     def forward(self, text, image, null=None):
         """
@@ -336,95 +243,70 @@ class BiART(nn.Module):
 
         text (B, n_text), image (B, n_image), null bool (B,) or None -> loss, a scalar in nats a token, the
         mean of the two directions, and {"t2i": ..., "i2t": ...}. Each direction is the mean over its samples
-        of the sample's mean over its scored tokens, which does not depend on how a batch is spread over
-        ranks. B must be even.
+        of the sample's mean over its tokens, which does not depend on how a batch is spread over ranks.
+        Raises ValueError where B is odd.
         """
         if len(text) % 2:
             raise ValueError(f"batch size {len(text)} is odd: half of a batch runs in each direction")
         c, B, T = self.config, len(text) // 2, self.config.n_text + self.config.n_image
-        halves, layouts, rows = [], [], []
-        for to, pick in (("image", slice(0, None, 2)), ("text", slice(1, None, 2))):
-            first = 0 if c.ref_loss else c.length(OTHER[to]) - 1  # of positions that predict what is scored
-            rows.append(positions(B, T, first, text.device) + len(halves) * B * T)
-            halves.append((to, first, {"text": text[pick], "image": image[pick]}))
-            layouts.append(self.sequence(text[pick], image[pick], to, None if null is None else null[pick]))
-        h = self.trunk(torch.cat(layouts), torch.cat(rows))
+        halves = {"image": {"text": text[0::2], "image": image[0::2]},
+                  "text": {"text": text[1::2], "image": image[1::2]}}
+        nulls = (None, None) if null is None else (null[0::2], null[1::2])
+        x = torch.cat([self.embed(**sides, to=to, null=n) for (to, sides), n in zip(halves.items(), nulls)])
+        starts = [0 if c.ref_loss else c.length(OTHER[to]) - 1 for to in halves]  # what predicts a target
+        h = self.transformer(x, starts).split([B * (T - start) for start in starts])
         losses = []
-        for (to, first, sides), part in zip(halves, h.split([len(r) for r in rows])):
-            ref, part = OTHER[to], part.view(B, T - first, -1)
-            n_ref = c.length(ref) - 1 - first
-            loss, _ = self.cross_entropy(part[:, n_ref:-1], sides[to], to)
+        for (to, sides), start, part in zip(halves.items(), starts, h):
+            ref, part = OTHER[to], part.view(B, T - start, -1)
+            last_ref = c.length(ref) - 1 - start  # it predicts the first GEN token
+            loss, _ = self.cross_entropy(part[:, last_ref:-1], sides[to], to)
             if c.ref_loss:
-                loss = loss + c.ref_loss * self.cross_entropy(part[:, :n_ref], sides[ref][:, 1:], ref)[0]
+                loss = loss + c.ref_loss * self.cross_entropy(part[:, :last_ref], sides[ref][:, 1:], ref)[0]
             losses.append(loss)
         return sum(losses) / 2, {"t2i": losses[0].detach(), "i2t": losses[1].detach()}
 
-    @torch.no_grad()
-    def log_likelihood(self, text, image, to, chunk=2 ** 26):
-        """
-        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows
-        go through a few at a time, so that about `chunk` numbers are held at once, scores and activations of
-        one block together.
-        """
-        c, targets = self.config, {"text": text, "image": image}[to]
-        few = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * (c.n_text + c.n_image)))
-        total = []
-        for t, i, wanted in zip(text.split(few), image.split(few), targets.split(few)):
-            first, B, T = c.length(OTHER[to]) - 1, len(t), c.n_text + c.n_image
-            h = self.trunk(self.sequence(t, i, to), positions(B, T, first, t.device)).view(B, T - first, -1)
-            total.append(self.cross_entropy(h[:, :-1], wanted, to)[1])
-        return -torch.cat(total), self.scored(targets, to).sum(1)
-
-    def score_candidates(self, ref, candidates, to):
-        """
-        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
-        log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
-        """
-        B, n, _ = candidates.shape
-        sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}
-        return tuple(self.log_likelihood(sides["text"], sides["image"], way)[0].view(B, n)
-                     for way in (to, OTHER[to]))
-
     # -------------------------------------------------------------------------
-    # Generation: prefill() reads the prompt, decode_step() adds a token, generate() and beam_search() choose it
+    # Generation: prefill reads the prompt, decode_step adds tokens, generate and beam_search choose them
 
-    def new_cache(self, batch, dtype):
-        """Room for the keys and values of a whole sequence: (n_layer, 2, batch, n_head, T, head size)."""
-        c = self.config
-        return torch.zeros(c.n_layer, 2, batch, c.n_head, c.n_text + c.n_image, c.n_embd // c.n_head,
-                           dtype=dtype, device=self.segment.weight.device)
+    @property
+    def sharded(self):
+        """Whether blocks fetch weights from other ranks (FSDP); then all ranks must do equally many steps."""
+        return hasattr(self.blocks[0].attn.c_attn.weight, "full_tensor")
 
-    def prefill(self, ref, to, n, prefix, guidance):
+    def prefill(self, ref, to, prefix, guidance, n, length):
         """
-        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> scores of the next one (B * n, V), and the
-        cache. The prompt goes through once for each row of ref; its cache is then copied to that row's n
-        candidates. With guidance, a second half of the cache is of a blanked REF side.
+        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> logits of the next token (B, V), and a cache
+        with room for `length` more tokens of each of n candidates. With guidance, the B prompts with a blank
+        REF side go along as the second half of the batch.
         """
         null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
-        x = torch.cat([self.embed(ref, OTHER[to], REF, null), self.embed(prefix, to, GEN)], dim=1)
-        B, T, _ = x.shape
-        cache = self.new_cache(B, F.linear(x[0, :1], x[0, :1]).dtype)  # products' type, under autocast too
-        h = self.trunk(x, positions(B, T, T - 1, x.device), cache, torch.arange(T, device=x.device))
-        return self.next_logits(h.repeat_interleave(n, 0), to, guidance), cache.repeat_interleave(n, 2)
+        x = torch.cat([self.embed_side(ref, OTHER[to], REF, null), self.embed_side(prefix, to, GEN)], dim=1)
+        cache = KVCache(n, length)
+        h = self.transformer(x, [x.shape[1] - 1], cache)
+        return self.next_logits(h, to, guidance), cache
 
-    def decode_step(self, x, pos, kv_len, to, cache, guidance):
+    def decode_step(self, x, pos, kv_len, to, guidance, cache):
         """
-        The embedding x (rows, C) of a token that stands at position `pos`, LongTensor (1,) -> scores of the
-        next (rows, V). Of the cache, positions below `kv_len` are looked at, and those up to `pos` count.
+        Embeddings x (B, n, W, C): W tokens of each of n candidates, at pos (B, n, W), counted from behind the
+        prompt -> logits of the tokens that follow each (B, n, W, V). Of the candidates' own keys and values
+        the first kv_len are read; no pos lies beyond.
         """
-        mask = (torch.arange(kv_len, device=x.device) <= pos)[None]  # (1, kv_len)
-        x = x[:, None] if guidance == 1 else x[:, None].repeat(2, 1, 1)
-        return self.next_logits(self.trunk(x, None, cache, pos, mask)[:, 0], to, guidance)
+        if guidance != 1:
+            x, pos = x.repeat(2, 1, 1, 1), pos.repeat(2, 1, 1)
+        cache.seek(pos, kv_len)
+        h = self.transformer(x.flatten(1, 2), cache=cache)
+        return self.next_logits(h.view_as(x), to, guidance)
 
     def next_logits(self, h, to, guidance):
+        """h (B, ..., C), or with guidance (2 B, ..., C) -> (B, ..., V)."""
         logits = self.logits(h, to).float()
         if guidance != 1:
             logits, blank = logits.chunk(2)
             logits = blank + guidance * (logits - blank)
         if to == "text":
-            logits[:, self.config.pad_token] = -torch.inf
+            logits[..., self.config.pad_token] = -torch.inf
         return logits
 
     @torch.no_grad()
@@ -438,43 +320,53 @@ class BiART(nn.Module):
         prefix: (B, m), the first GEN tokens, to be continued: rows of an image, words of a caption.
         temperature: 0 is greedy.
         top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
-        guidance: logits = null + guidance * (conditional - null); null: the same model on a blanked REF side.
+        guidance: logits = null + guidance * (conditional - null); null: the same model on a blank REF side.
         seeds: B * n integers; a seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
         """
-        c = self.config
-        rows, start, total = len(ref) * n, c.length(OTHER[to]), c.length(to)
+        c, B = self.config, len(ref)
         prefix = ref[:, :0] if prefix is None else prefix
-        given = prefix.shape[1]
-        out = torch.full((rows, total), c.pad_token if to == "text" else 0, device=ref.device)
-        out[:, :given] = prefix.repeat_interleave(n, 0)
-        seeds = range(rows) if seeds is None else seeds
-        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(s)))
-                               for s in seeds])
-        uniform = uniform.to(ref.device)
-        place = self.position_embedding(to, GEN)
-        done = torch.zeros(rows, dtype=torch.bool, device=ref.device)
-        logits, cache = self.prefill(ref, to, n, prefix, guidance)
-        pos = torch.tensor([start + given], device=ref.device)  # where the next token stands
+        m, total = prefix.shape[1], c.length(to)
+        if m == total:
+            return prefix.repeat_interleave(n, 0)
+        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(seed)))
+                               for seed in (range(B * n) if seeds is None else seeds)])
+        uniform = uniform.view(B, n, total)[..., m:].to(ref.device)  # one number a token
+        tokens = torch.zeros_like(uniform, dtype=torch.long)  # (B, n, total - m), what follows the prefix
+        pos = torch.zeros_like(tokens[..., :1])  # where the last known token stands
+        position = self.position_embedding(to, GEN)[m:]
+
+        def sample(logits, u):
+            """logits (B, n, 1, V), uniform numbers (B, n, 1) -> tokens (B, n, 1)."""
+            return sample_token(logits.flatten(0, 2), u.flatten(), temperature, top_k, top_p).view(u.shape)
 
         def step(kv_len):
             """In place and without a look at any value, so that a graph can replay it."""
-            token = sample_token(logits, uniform.index_select(1, pos - start)[:, 0], temperature, top_k, top_p)
-            if to == "text":
-                token = torch.where(done, c.pad_token, token)
-                done.logical_or_(token == c.end_token)
-            out.index_copy_(1, pos - start, token[:, None])
-            x = self.token[to](token) + place.index_select(0, pos - start)
-            logits.copy_(self.decode_step(x, pos, kv_len, to, cache, guidance))
+            x = self.token[to](tokens.gather(2, pos)) + position[pos]  # (B, n, 1, C)
+            logits = self.decode_step(x, pos, kv_len, to, guidance, cache)
             pos.add_(1)
+            tokens.scatter_(2, pos, sample(logits, uniform.gather(2, pos)))
 
-        step = Replayed(step) if ref.is_cuda and self.use_cuda_graphs else step
-        for i in range(given, total):
-            step(min(start + total, -(-(start + i + 1) // 128) * 128))  # every 128 tokens a longer look
-            if to == "text" and i % (16 if ref.is_cuda else 1) == 0 and done.all():  # a GPU waits for this
+        def all_ended():
+            going = (~(tokens == c.end_token).any(2)).sum()
+            if self.sharded:  # ranks end together, as blocks fetch their weights from all of them
+                torch.distributed.all_reduce(going)
+            return going == 0
+
+        logits, cache = self.prefill(ref, to, prefix, guidance, n, total - m)
+        tokens[..., :1] = sample(logits[:, None, None].repeat(1, n, 1, 1), uniform[..., :1])
+        step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
+        look_every = 16 if ref.is_cuda else 1  # a GPU waits where a value is looked at
+        for i in range(total - m - 1):
+            if to == "text" and i % look_every == 0 and all_ended():
                 break
-        return out
+            step(min(total - m, (i // 128 + 1) * 128))  # rounded up: each length is a graph of its own
+        tokens = torch.cat([prefix[:, None].expand(B, n, m), tokens], 2).flatten(0, 1)
+        if to == "text":
+            ended = (tokens == c.end_token).long()
+            tokens = tokens.masked_fill(ended.cumsum(1) > ended, c.pad_token)
+        return tokens
 
     @torch.no_grad()
     def beam_search(self, image, width, prefix=None, length_penalty=1.0, guidance=1.0):
@@ -484,73 +376,113 @@ class BiART(nn.Module):
         end token with them.
 
         Each step keeps the `width` best continuations of all beams, ended ones among them. Width 1 is greedy.
-        prefix (B, m): the first tokens of the caption. The beams of an image share its cached prompt.
+        prefix (B, m), m < n_text: the first tokens of the caption.
         """
         c, B = self.config, len(image)
         prefix = image[:, :0] if prefix is None else prefix
-        given = prefix.shape[1]
-        out = image.new_full((B, width, c.n_text), c.pad_token)
-        out[:, :, :given] = prefix[:, None]
+        n_new = c.n_text - prefix.shape[1]
+        tokens = image.new_full((B, width, n_new), c.pad_token)
         log_p = image.new_zeros((B, width), dtype=torch.float)
         log_p[:, 1:] = -torch.inf  # all beams begin alike: one is enough
         length, done = torch.zeros_like(log_p), torch.zeros_like(log_p, dtype=torch.bool)
-        stay = log_p.new_full((c.text_vocab,), -torch.inf)  # how an ended beam goes on: padding, for certain
-        stay[c.pad_token] = 0
-        place = self.position_embedding("text", GEN)
-        logits, cache = self.prefill(image, "text", width, prefix, guidance)
-        for i in range(given, c.n_text):
-            step = torch.where(done[..., None], stay, logits.log_softmax(-1).view(B, width, -1))
-            total = log_p[..., None] + step  # (B, width, V)
+        pad_only = log_p.new_full((c.text_vocab,), -torch.inf)  # behind an end token: padding, for certain
+        pad_only[c.pad_token] = 0
+        position = self.position_embedding("text", GEN)[prefix.shape[1]:]
+        logits, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
+        logits = logits[:, None].expand(B, width, -1)
+        for i in range(n_new):
+            next_log_p = torch.where(done[..., None], pad_only, logits.log_softmax(-1))
+            total = log_p[..., None] + next_log_p  # (B, width, V)
             length = length + ~done
             scores, best = (total / length[..., None] ** length_penalty).flatten(1).topk(width)
             parent, token = best // c.text_vocab, best % c.text_vocab
             log_p = total.flatten(1).gather(1, best)
             length, done = length.gather(1, parent), done.gather(1, parent)
-            out = out.gather(1, parent[..., None].expand_as(out))
-            out[:, :, i] = token
+            tokens = tokens.gather(1, parent[..., None].expand_as(tokens))
+            tokens[:, :, i] = token
             done = done | (token == c.end_token)
-            if i + 1 == c.n_text or done.all():
-                return out, scores
-            rows = (torch.arange(B, device=image.device)[:, None] * width + parent).flatten()
-            rows = rows if guidance == 1 else torch.cat([rows, rows + len(rows)])
-            found = slice(c.n_image + given, c.n_image + i)  # only this differs between an image's beams
-            cache[..., found, :] = cache[:, :, rows, :, found]
-            x = self.token["text"](token.flatten()) + place[i]
-            pos = torch.tensor([c.n_image + i], device=image.device)
-            logits = self.decode_step(x, pos, c.n_image + i + 1, "text", cache, guidance)
+            if i + 1 == n_new or done.all():
+                return torch.cat([prefix[:, None].expand(B, width, -1), tokens], 2), scores
+            cache.reorder(parent, i)
+            pos = torch.full((B, width, 1), i, device=image.device)
+            x = self.token["text"](token[..., None]) + position[i]  # (B, width, 1, C)
+            logits = self.decode_step(x, pos, i + 1, "text", guidance, cache)[:, :, 0]
+
+    # -------------------------------------------------------------------------
+    # Re-ranking: the same model judges what it generated, in both directions
+
+    @torch.no_grad()
+    def log_likelihood(self, text, image, to, chunk=2 ** 26):
+        """
+        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows
+        go through a few at a time, so that about `chunk` numbers are held at once, logits and activations of
+        one block together.
+        """
+        c, T, ref_len = self.config, self.config.n_text + self.config.n_image, self.config.length(OTHER[to])
+        chunk_rows = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * T))
+        nll = []
+        for t, i in zip(text.split(chunk_rows), image.split(chunk_rows)):
+            h = self.transformer(self.embed(t, i, to), [ref_len - 1]).view(len(t), T - ref_len + 1, -1)
+            nll.append(self.cross_entropy(h[:, :-1], {"text": t, "image": i}[to], to)[1])
+        return -torch.cat(nll), self.loss_mask({"text": text, "image": image}[to], to).sum(1)
+
+    def score_candidates(self, ref, candidates, to):
+        """
+        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
+        log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
+        """
+        B, n, _ = candidates.shape
+        sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}
+        return tuple(self.log_likelihood(**sides, to=way)[0].view(B, n) for way in (to, OTHER[to]))
 
 
-class Replayed:
+# -----------------------------------------------------------------------------
+# Decoding
+
+class KVCache:
     """
-    step(kv_len) on a CUDA device, recorded as a graph: launched at once and not kernel by kernel. For each
-    kv_len the first call runs as it is, which also warms up, and the second records. A device without graphs
-    is found out by trying.
+    Keys and values of all blocks while decoding: the prompts', and those of the tokens that n candidates of
+    each add, at most `length`. A prompt's are kept once, for all of its candidates.
     """
-    def __init__(self, step):
-        self.step, self.graphs, self.works = step, {}, True
+    def __init__(self, n, length):
+        self.n, self.length = n, length
+        self.prompt, self.own = [], []  # of each block: (2, B, nh, T, hs), and (2, B, nh, n, length, hs)
 
-    def __call__(self, kv_len):
-        if kv_len not in self.graphs or not self.works:
-            self.graphs[kv_len] = None
-            return self.step(kv_len)
-        if self.graphs[kv_len] is None:
-            graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-            try:
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may go on
-                    self.step(kv_len)
-            except RuntimeError as e:  # nothing of the step has run yet
-                torch.cuda.set_stream(stream)
-                torch.cuda.synchronize()
-                warnings.warn(f"no CUDA graphs here, decoding goes kernel by kernel ({e})", stacklevel=2)
-                self.works = False
-                return self.step(kv_len)
-            self.graphs[kv_len] = graph
-        self.graphs[kv_len].replay()
+    def seek(self, pos, kv_len):
+        """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
+        self.kv_len, self.pos = kv_len, pos[:, None, :, :, None]  # (B, 1, n, W, 1)
+        self.future = torch.arange(kv_len, device=pos.device) > self.pos  # (B, 1, n, W, kv_len)
 
+    def attend(self, i, q, k, v):
+        """
+        Attention in block i. The first time, q, k, v (B, nh, T, hs) are of prompts, and this is
+        causal_attention. Then they are of W tokens of each candidate, (B, nh, n * W, hs), which attend to
+        the prompt, to their candidate's tokens before them, and to themselves. -> the shape of q.
+        """
+        if i == len(self.prompt):
+            self.prompt.append(torch.stack([k, v]))
+            self.own.append(k.new_zeros(2, *k.shape[:2], self.n, self.length, k.shape[3]))
+            return causal_attention(q, k, v)
+        q = q * q.shape[-1] ** -0.5
+        candidate_q, k, v = (t.unflatten(2, (self.n, -1)) for t in (q, k, v))  # (B, nh, n, W, hs)
+        own_k, own_v = self.own[i]  # (B, nh, n, length, hs)
+        own_k.scatter_(3, self.pos.expand_as(k), k)
+        own_v.scatter_(3, self.pos.expand_as(v), v)
+        own_k, own_v = own_k[..., :self.kv_len, :], own_v[..., :self.kv_len, :]
+        # = softmax(q k^T) v over the prompt's keys and then the candidate's own, as if they lay side by side
+        prompt_k, prompt_v = self.prompt[i]  # (B, nh, T, hs)
+        prompt_scores = (q @ prompt_k.mT).unflatten(2, (self.n, -1))  # (B, nh, n, W, T)
+        own_scores = (candidate_q @ own_k.mT).masked_fill(self.future, -torch.inf)  # (B, nh, n, W, kv_len)
+        p = torch.cat([prompt_scores, own_scores], -1).softmax(-1)
+        prompt_p, own_p = p.split([prompt_k.shape[2], self.kv_len], -1)
+        return prompt_p.flatten(2, 3) @ prompt_v + (own_p @ own_v).flatten(2, 3)
 
-def positions(B, T, first, device):
-    """Where positions from `first` on lie in B * T, sequence by sequence: LongTensor (B * (T - first),)."""
-    return torch.arange(B * T, device=device).view(B, T)[:, first:].flatten()
+    def reorder(self, parent, kv_len):
+        """Candidate j takes over the first kv_len tokens of candidate parent[:, j] of its prompt."""
+        for own in self.own:  # with guidance, of twice as many prompts
+            own = own[..., :kv_len, :]
+            index = parent.repeat(own.shape[1] // len(parent), 1)[None, :, None, :, None, None]
+            own.copy_(own.gather(3, index.expand_as(own)))
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -571,3 +503,145 @@ def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
     below = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
     token = torch.searchsorted(cumulative, below, right=True)  # the first whose cumulative mass is above
     return (order.gather(1, token) if ranked else token)[:, 0]
+
+
+# -----------------------------------------------------------------------------
+# Same result, less memory or time
+
+def tails(x, starts):
+    """
+    (B, T, C), and for each equal part of the batch a first position -> all from there on: (N, C). Hidden
+    states that predict nothing need no MLP in the last block, and no logits.
+    """
+    parts = zip(x.chunk(len(starts)), starts)
+    return torch.cat([part[:, start:].flatten(0, 1) for part, start in parts])
+
+
+def linear(x, weight, bias=None):
+    """
+    F.linear: x (..., in), weight (out, in), bias (out,) or None -> (..., out). Decoding on a CPU is bound by
+    reading weights: as a batch of 16 products they are read up to twice as fast. For more than 16 rows of x,
+    or other types than float32, it is no faster; up to 4 rows do best on the weights' right.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if x.is_cuda or x.dtype != torch.float32 or len(rows) > 16:
+        return F.linear(x, weight, bias)
+    parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])  # (16, out / 16, in)
+    rows = rows.expand(len(parts), -1, -1)
+    y = torch.bmm(rows, parts.mT) if rows.shape[1] > 4 else torch.bmm(parts, rows.mT).mT
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)  # from (16, rows, out / 16)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def norm_linear(x, ln, layer):
+    """layer(ln(x)) for a layer norm and a linear layer; the backward pass keeps x alone."""
+    def norm(x, weight, bias):
+        return F.layer_norm(x, ln.normalized_shape, weight, bias, ln.eps)
+
+    return linear_after(norm, x, layer, ln.weight, ln.bias)
+
+
+def gelu_linear(x, layer):
+    """layer(F.gelu(x)) for a linear layer; the backward pass keeps x alone."""
+    return linear_after(F.gelu, x, layer)
+
+
+def linear_after(f, x, layer, *params):
+    """layer(f(x, *params))"""
+    if torch.is_grad_enabled():
+        return LinearAfter.apply(f, x, layer.weight, layer.bias, *params)
+    return linear(f(x, *params), layer.weight, layer.bias)  # without the overhead of apply
+
+
+class LinearAfter(torch.autograd.Function):
+    """
+    linear(f(x, *params), weight, bias), which keeps x for the backward pass, and not f(x): that is computed
+    again. For a layer norm or GELU this takes little time, and f(x) would take as much memory as x, or more.
+    """
+    @staticmethod
+    def forward(ctx, f, x, weight, bias, *params):
+        ctx.f, ctx.has_bias = f, bias is not None
+        ctx.save_for_backward(x, weight, *params)
+        return linear(f(x, *params), weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, *params = ctx.saved_tensors
+        leaves = [t.detach().requires_grad_() for t in (x, *params)]
+        with torch.enable_grad():
+            y = ctx.f(*leaves)
+        amp_dtype = grad.dtype  # autocast's dtype; backward runs outside autocast
+        grad_rows, y_rows = grad.flatten(0, -2), y.detach().flatten(0, -2).to(amp_dtype)  # (N, out), (N, in)
+        grad_y = (grad @ weight.to(amp_dtype)).to(y.dtype)
+        grad_x, *grad_params = torch.autograd.grad(y, leaves, grad_y)
+        grad_bias = grad_rows.sum(0) if ctx.has_bias else None
+        return None, grad_x, grad_rows.t() @ y_rows, grad_bias, *grad_params
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """
+    h (N, C), weight (V, C), targets (N,), token_weights (N,), with_gradient -> two things:
+    (token_weights * nll).sum(), a scalar to differentiate, and nll (N,), nats, to read, where
+    nll = F.cross_entropy(h @ weight.T, targets, reduction="none").
+
+    The logits (N, V) exist for a chunk of rows at a time only. The gradient is computed with them, so that
+    the backward pass need not compute them again.
+    """
+    chunk = 2 ** 22  # logits held at once
+
+    @staticmethod
+    def forward(ctx, h, weight, targets, token_weights, with_gradient):
+        chunk_rows = max(1, LinearCrossEntropy.chunk // len(weight))
+        nll = torch.empty(len(h), device=h.device)
+        grad_h, grad_weight = torch.empty_like(h) if with_gradient else None, None
+        scale = token_weights.max()  # multiplied in at the end: float16 would lose such small gradients
+        for start in range(0, len(h), chunk_rows):
+            part = slice(start, start + chunk_rows)
+            logits = F.linear(h[part], weight)  # (rows, V), in autocast's dtype
+            amp_dtype, logits = logits.dtype, logits.float()
+            log_total = logits.logsumexp(1, keepdim=True)
+            target = targets[part, None]
+            nll[part] = (log_total - logits.gather(1, target))[:, 0]
+            if with_gradient:  # of the logits: token_weights * (softmax - one-hot)
+                grad = logits.sub_(log_total).exp_().scatter_add_(1, target, -torch.ones_like(log_total))
+                grad = grad.mul_((token_weights[part] / scale)[:, None]).to(amp_dtype)
+                grad_h[part] = grad @ weight
+                product = grad.t() @ h[part]
+                grad_weight = product.to(weight.dtype) if start == 0 else grad_weight.add_(product)
+        ctx.save_for_backward(grad_h, grad_weight, scale)
+        ctx.mark_non_differentiable(nll)
+        return (nll * token_weights).sum(), nll
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        grad_h, grad_weight, scale = ctx.saved_tensors
+        return grad_h.mul_(grad * scale), grad_weight.mul_(grad * scale), None, None, None
+
+
+class GraphedStep:
+    """
+    step(kv_len) on a CUDA device, recorded as a graph, which is launched at once and not kernel by kernel.
+    For each kv_len the first call runs as it is, which warms up, and the second records. Whether a device can
+    do graphs is found out by trying.
+    """
+    def __init__(self, step):
+        self.step, self.graphs, self.works = step, {}, True
+
+    def __call__(self, kv_len):
+        if kv_len not in self.graphs or not self.works:
+            self.graphs[kv_len] = None
+            return self.step(kv_len)
+        if self.graphs[kv_len] is None:
+            stream = torch.cuda.current_stream()
+            try:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may go on
+                    self.step(kv_len)
+            except RuntimeError as e:  # nothing of the step has run yet
+                torch.cuda.set_stream(stream)
+                torch.cuda.synchronize()
+                warnings.warn(f"no CUDA graphs here, decoding goes kernel by kernel ({e})", stacklevel=2)
+                self.works = False
+                return self.step(kv_len)
+            self.graphs[kv_len] = graph
+        self.graphs[kv_len].replay()
