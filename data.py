@@ -1115,10 +1115,11 @@ def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, a
         state = torch.zeros(len(source.dataset), dtype=torch.int32)
         if rank == 0:
             state += torch.from_numpy(np.load(state_path))
-        rows = np.flatnonzero(all_reduce(state).numpy() == TO_DO)  # as rank 0 sees it, when all are here
+        rows = np.flatnonzero(all_reduce(state).numpy() == TO_DO)  # as rank 0 sees it
         if not len(rows):
             return folder
         encode_rows(source, encode, folder, np.array_split(rows, world)[rank].tolist())
+        all_reduce(torch.zeros(1))
 
 
 def read_key(path):

@@ -921,8 +921,9 @@ def train(stage, given):
         context.barrier()  # or another rank would look for what is not yet there
 
     log = Log(os.path.join(config.out_dir, stage), objective.parts, start) if context.rank == 0 else None
-    loader = data.batches(train_view, config.batch_size, config.seed, samples, context.rank, context.world,
-                          data_config.workers, data_config.shuffle_buffer, log_path)
+    loader = data.batches(train_view, config.batch_size, seed=config.seed, start=samples, rank=context.rank,
+                          world=context.world, workers=data_config.workers,
+                          shuffle_buffer=data_config.shuffle_buffer, log=log_path)
     objective.train()
     began, spent, step = time.time(), 0.0, start
     with Signals() as signals:
