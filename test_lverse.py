@@ -28,6 +28,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import textwrap
 import threading
 import urllib.error
 from collections import Counter
@@ -188,6 +189,17 @@ def test_tokenizer_training_equals_brute_force_on_repetitive_text():
     for _ in range(20):
         texts = ["".join(rng.choice("aab ") for _ in range(rng.randrange(1, 200))) for _ in range(4)]
         assert Tokenizer.train(texts, 500).merges == tok_brute_force_train(texts, 500)
+
+
+def test_tokenizer_naive_loop_in_the_docstring_gives_the_same_merges():
+    loop = textwrap.dedent(tokenizer_module.learn_merges.__doc__.split("slower:\n\n")[1])
+    words = [word for text in TOK_TEXTS for word in tokenizer_module.trained_pattern().findall(text)]
+    counts = Counter(tuple(word.encode()) for word in words)
+    for n_merges in (0, 1, 50, 10000):
+        names = {**vars(tokenizer_module), "word_counts": counts, "first_id": 256, "n_merges": n_merges}
+        exec(loop, names)
+        assert names["merges"] == tokenizer_module.learn_merges(counts, 256, n_merges)
+    assert 50 < len(names["merges"]) < 10000  # it stopped where no pair was left
 
 
 def test_tokenizer_training_stops_early():
