@@ -438,17 +438,18 @@ class Readable(torch.utils.data.Dataset):
         return self.errors.try_read(self.read, i)
 
 
-def read_chunks(read, indices, what, log="", workers=0):
+def read_chunks(read, indices, what, log="", workers=0, n=None):
     """
     Yield (64 indices, [read(i) of each, or None where it is Unreadable]), with progress() and, if there are
-    `workers`, by loader processes. Raises OSError where most cannot be read.
+    `workers`, by loader processes. Raises OSError where most of them, or of the n that they are a rest of,
+    cannot be read.
     """
     errors = ReadErrors(log, workers)
     loader = torch.utils.data.DataLoader(
         Readable(read, errors), batch_sampler=[indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)],
         collate_fn=list, num_workers=workers, generator=torch.Generator())
     for chunk, results in zip(progress(indices, CHUNK, what), loader):
-        errors.raise_if_most_failed(len(indices))
+        errors.raise_if_most_failed(n or len(indices))
         yield chunk, results
 
 
@@ -1067,9 +1068,6 @@ class TokenCacheSource:
         return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.fingerprint(),
                 "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} text tokens"}
 
-    def read(self, function, rows, what):
-        return read_chunks(function, rows, what, self.log, self.workers)
-
     def texts(self, i):
         """-> ids of a sample's captions (n_captions, n_text), and how many of them had to be cut."""
         captions = self.dataset.captions(i)
@@ -1093,22 +1091,15 @@ def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, a
     Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
     key = {**key, **source.key()}
-    key_path, state_path = (os.path.join(folder, name) for name in ("key.json", "state.npy"))
     if rank == 0:
-        os.makedirs(folder, exist_ok=True)
-        if own and os.path.exists(key_path) and read_key(key_path) != key:
-            for path in (state_path, key_path):  # in this order: without a state, the rest counts for nothing
-                with contextlib.suppress(FileNotFoundError):
-                    os.remove(path)
-        if not os.path.exists(key_path):
-            with atomic_write(key_path) as f:
-                f.write(json.dumps(key).encode())
+        claim_folder(folder, key, own)
     all_reduce(torch.zeros(1))
-    found = read_key(key_path)
+    found = read_key(folder)
     differ = " and ".join(name for name, value in key.items() if found.get(name) != value)
     if differ:
         raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
 
+    state_path = os.path.join(folder, "state.npy")
     if rank == 0 and not os.path.exists(state_path):
         create_token_cache(source, encode, folder)
     while True:
@@ -1118,11 +1109,25 @@ def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, a
         rows = np.flatnonzero(all_reduce(state).numpy() == TO_DO)  # as rank 0 sees it
         if not len(rows):
             return folder
-        encode_rows(source, encode, folder, np.array_split(rows, world)[rank].tolist())
+        encode_rows(source, encode, folder, np.array_split(rows, world)[rank].tolist(), world)
         all_reduce(torch.zeros(1))
 
 
-def read_key(path):
+def claim_folder(folder, key, own):
+    """Write key.json where there is none; of another key and our own, it goes, and state.npy before it."""
+    key_path, state_path = (os.path.join(folder, name) for name in ("key.json", "state.npy"))
+    os.makedirs(folder, exist_ok=True)
+    if own and os.path.exists(key_path) and read_key(folder) != key:
+        for path in (state_path, key_path):  # without a state, the other files count for nothing
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    if not os.path.exists(key_path):
+        with atomic_write(key_path) as f:
+            f.write(json.dumps(key).encode())
+
+
+def read_key(folder):
+    path = os.path.join(folder, "key.json")
     try:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f))
@@ -1131,10 +1136,10 @@ def read_key(path):
 
 
 def create_token_cache(source, encode, folder):
-    """Write the texts, and codes and state with all images still to do; state.npy last, when all is there."""
+    """Write all texts, and codes and state with every image to do; state.npy last, when all is there."""
     n, counts, texts, n_cut = len(source.dataset), [], [], 0
     nothing = np.zeros((0, source.n_text), np.uint16), 0
-    for _, results in source.read(source.texts, range(n), "tokenising captions"):
+    for _, results in read_chunks(source.texts, range(n), "tokenising captions", source.log, source.workers):
         for ids, cut in (result or nothing for result in results):
             counts.append(len(ids))
             texts.append(ids)
@@ -1151,20 +1156,27 @@ def create_token_cache(source, encode, folder):
             np.save(f, column)
 
 
-def encode_rows(source, encode, folder, rows):
-    """Encode the images of some samples, and record chunk by chunk which are done and which unreadable."""
-    n = len(source.dataset)
-    for chunk, results in source.read(source.images, rows, "encoding"):
-        readable = [row for row, images in zip(chunk, results) if images is not None]
-        if readable:
-            images = torch.cat([images for images in results if images is not None])
-            codes = encode(images).cpu().numpy()  # (B * crops, n_image)
-            if codes.max() > 65535:
-                raise ValueError(f"the token cache holds codes below 65536, not {codes.max()}")
-            codes = codes.astype(np.uint16).reshape(len(readable), source.crops, -1)
-            write_rows(os.path.join(folder, "codes.npy"), n, readable, codes)
-        state = np.array([DONE if row in readable else UNREADABLE for row in chunk], np.uint8)
-        write_rows(os.path.join(folder, "state.npy"), n, chunk, state)
+def encode_rows(source, encode, folder, rows, world):
+    """
+    Encode a rank's share of images, chunk by chunk. Those that are unreadable are marked last: were it most
+    of them, as of a disk that is not there, the next run had to try again.
+    """
+    n, unreadable = len(source.dataset), []
+    codes_path, state_path = (os.path.join(folder, name) for name in ("codes.npy", "state.npy"))
+    chunks = read_chunks(source.images, rows, "encoding", source.log, source.workers, n // world)
+    for chunk, results in chunks:
+        done = [row for row, images in zip(chunk, results) if images is not None]
+        unreadable += [row for row, images in zip(chunk, results) if images is None]
+        if not done:
+            continue
+        images = torch.cat([images for images in results if images is not None])
+        codes = encode(images).cpu().numpy()  # (B * crops, n_image)
+        if codes.max() > 65535:
+            raise ValueError(f"the token cache holds codes below 65536, not {codes.max()}")
+        codes = codes.astype(np.uint16).reshape(len(done), source.crops, -1)
+        write_rows(codes_path, n, done, codes)
+        write_rows(state_path, n, done, np.full(len(done), DONE, np.uint8))
+    write_rows(state_path, n, unreadable, np.full(len(unreadable), UNREADABLE, np.uint8))
 
 
 def write_rows(path, n, rows, values):
@@ -1176,11 +1188,12 @@ def write_rows(path, n, rows, values):
     def write_only(path, _flags):
         return os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
 
+    row_bytes = values[:1].nbytes
     try:
-        header = os.path.getsize(path) - n * values[0].nbytes
+        header_bytes = os.path.getsize(path) - n * row_bytes
         with open(path, "r+b", opener=write_only) as f:
             for row, value in zip(rows, values):
-                f.seek(header + row * value.nbytes)
+                f.seek(header_bytes + row * row_bytes)
                 f.write(value.tobytes())
             f.flush()
             os.fsync(f.fileno())

@@ -1246,6 +1246,7 @@ def test_a_token_cache_goes_on_after_an_error_and_refuses_what_does_not_match(tm
 
 
 def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "CHUNK", 8)
     source, dataset, tok = encodable(tmp_path)
     with pytest.raises(ValueError, match="codes below 65536, not 70000"):
         data.build_token_cache(source, lambda x: torch.full((len(x), 4), 70000), str(tmp_path / "out"), {})
@@ -1264,10 +1265,14 @@ def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path, monkeypatch):
         disk.setattr(os, "fsync", full)
         with pytest.raises(OSError, match="codes.npy could not be written .No space left on device"):
             data.build_token_cache(source, brightness, str(tmp_path / "out"), {})
-    for i in range(30):
-        (tmp_path / "pairs" / f"{i:02d}.png").write_bytes(b"")
+    images = {path: path.read_bytes() for path in (tmp_path / "pairs").glob("[012]*.png")}
+    for path in images:
+        path.write_bytes(b"")
     with pytest.raises(OSError, match="samples could not be read"):
         data.build_token_cache(encodable(tmp_path)[0], brightness, str(tmp_path / "bad"), {})
+    for path, content in images.items():  # the disk is there again: nothing is left out for good
+        path.write_bytes(content)
+    assert len(data.Tokens(data.build_token_cache(source, brightness, str(tmp_path / "bad"), {}))) == 38
 
 
 def test_contact_sheet_has_room_for_everything():
