@@ -12,15 +12,15 @@ A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list 
     tsv       lines `caption TAB path of the image`, as of Conceptual Captions
     tar       WebDataset shards: key.jpg, key.txt (one caption a line), the next key, ...
 
-A view turns what is read into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for
-BiART. `batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank,
-world and step. What cannot be read raises Unreadable, is noted in a log by Faults, and another sample takes
-its place.
+A view turns samples into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for BiART.
+`batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank, world
+and step. A sample that cannot be read raises Unreadable; ReadErrors logs it, and another takes its place.
 
 The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and
 `parse_caption` from words, so text-to-image and image-to-text are scored by whether the content is right.
 """
 import contextlib
+import datetime
 import functools
 import glob
 import hashlib
@@ -30,10 +30,10 @@ import math
 import os
 import random
 import re
-import shutil
 import sys
 import tarfile
 import textwrap
+import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 
 @dataclass
@@ -59,13 +59,20 @@ class DataConfig:
     crop_of: str = "square"  # what crop_scale is a share of: centre square, or picture: all of it (release)
     workers: int = 0  # loader processes per rank; 0 reads in the training process
 
+    limits = {"n_scenes": "[1, inf)", "shuffle_buffer": "[0, inf)", "crop_scale": "(0, 1]",
+              "workers": "[0, inf)"}
+    choices = {"data": ("scenes", "fake", "imagenet", "folder", "pairs", "coco", "tsv", "tar"),
+               "crop_of": ("square", "picture")}
+
 
 class Dataset:
     """
-    What all layouts have in common. image(i, min_side) may shrink an image, its shorter side not below min_side.
+    What all layouts have in common, beside len(). Either method raises Unreadable where a file is broken.
+    image(i, min_side=0) -> PIL image in RGB; may be shrunk, its shorter side not below min_side pixels.
+    captions(i) -> list of str.
     """
     captioned = True  # whether captions(i) holds any
-    shards = None  # where samples lie in few large files, to be read one by one: the first sample of each
+    shard_starts = None  # of data in few large files, to be read front to back: the first sample of each
 
     def fingerprint(self):
         """A short hash of which samples these are: of names and captions, not of the contents of images."""
@@ -267,75 +274,61 @@ def read_scene(image):
 
 
 # -----------------------------------------------------------------------------
-# Reading files, and what to do with those that cannot be read
+# Reading and writing files, and what to do with those that cannot be read
 
-IMAGE_ENDINGS = {"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
+IMAGE_EXTENSIONS = {"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
 
 
 class Unreadable(ValueError):
     """An image, caption file or shard cannot be read; the message is one sentence that names it."""
 
 
-class Faults:
+class ReadErrors:
     """
-    What could not be read: each sentence once per process in a log file (on stderr where there is none), and
-    counts that this process shares with its loader processes.
+    Logs what could not be read, each sentence once per process, to a text file (to stderr where `log` is
+    empty), and counts reads and failures over this process and its loader processes.
     """
 
     def __init__(self, log="", workers=0):
-        self.log, self.noted = log, set()
-        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # a process: tried, bad
+        self.log, self.written = log, set()
+        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # reads, failures
 
-    def note(self, sentence):
-        if sentence not in self.noted:
-            self.noted.add(sentence)
+    def write(self, sentence):
+        if sentence not in self.written:
+            self.written.add(sentence)
             if not self.log:
                 return print(sentence, file=sys.stderr)
             with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(sentence + "\n")
 
-    def attempt(self, read, *args):
-        """-> read(*args), or None where it raises Unreadable, which is counted and noted."""
+    def try_read(self, read, *args):
+        """-> read(*args), or None where it raises Unreadable, which is counted and logged."""
         worker = torch.utils.data.get_worker_info()
-        count = self.counts[worker.id + 1 if worker else 0]
-        count[0] += 1
+        counts = self.counts[worker.id + 1 if worker else 0]
+        counts[0] += 1
         try:
             return read(*args)
         except Unreadable as e:
-            count[1] += 1
-            self.note(str(e))
+            counts[1] += 1
+            self.write(str(e))
 
-    def check(self, n=1000, stuck=False):
+    def raise_if_most_failed(self, n=1000, stuck=False):
         """
-        Raises OSError where more than half of the first thousand samples (of all n, if there are fewer) could
-        not be read, or where one is stuck.
+        Raises OSError where more than half of the first thousand reads (of all n, if fewer) have failed, or
+        where the caller is stuck.
         """
-        tried, bad = self.counts.sum(0).tolist()
-        if stuck or bad > min(n, 1000) / 2 and 2 * bad > tried:
-            raise OSError(f"{bad} of {tried} samples could not be read"
+        reads, failures = self.counts.sum(0).tolist()
+        if stuck or failures > min(n, 1000) / 2 and 2 * failures > reads:
+            raise OSError(f"{failures} of {reads} samples could not be read"
                           + (f": {self.log} names them" if self.log else ""))
 
 
 def count_read_errors(log):
-    """How many different sentences a log of Faults holds."""
+    """How many different sentences a log of ReadErrors holds."""
     if not os.path.exists(log):
         return 0
     with open(log, encoding="utf-8", errors="replace") as f:
         return len(set(f))
-
-
-# What undoes each value of the EXIF orientation tag
-TURNS = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-         6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
-
-
-def upright(image):
-    """An image as its EXIF orientation says; as it is where it has none, or a broken one."""
-    try:
-        turn = TURNS.get(image.getexif().get(0x0112))
-    except Exception:  # noqa: BLE001 - broken EXIF data raises anything, and costs no more than the turn
-        turn = None
-    return image if turn is None else image.transpose(turn)
 
 
 def load_image(file, min_side=0, name=None):
@@ -350,7 +343,8 @@ def load_image(file, min_side=0, name=None):
             if min_side:
                 image.draft("RGB", (min_side, min_side))
             image.load()
-            image = upright(image)
+            with contextlib.suppress(Exception):  # what broken EXIF data raises, which costs the turn alone
+                ImageOps.exif_transpose(image, in_place=True)
             if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip instead of scale
                 image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
             if "A" in image.getbands() or "transparency" in image.info:
@@ -359,17 +353,15 @@ def load_image(file, min_side=0, name=None):
             return image if image.mode == "RGB" else image.convert("RGB")
     except FileNotFoundError:
         raise Unreadable(f"there is no image {file}") from None
-    except Exception as e:  # noqa: BLE001 - broken files make Pillow's decoders fail in every way
+    except Exception as e:  # broken files make Pillow's decoders fail in every way
         why = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
 
 
-def caption_lines(text, name):
-    """
-    The bytes of a caption file -> its captions, one a line. Raises Unreadable if it has none or is not UTF-8.
-    """
+def decode_captions(content, name):
+    """The bytes of a caption file -> its captions, one a line. Raises Unreadable if not UTF-8 or if empty."""
     try:
-        lines = text.decode("utf-8-sig").split("\n")
+        lines = content.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise Unreadable(f"caption file {name} is not UTF-8") from None
     captions = [line.strip() for line in lines if line.strip()]
@@ -378,11 +370,11 @@ def caption_lines(text, name):
     return captions
 
 
-def list_lines(path):
+def read_lines(path):
     """The lines of a text file. Raises ValueError that names it where it is missing or not UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return f.read().split("\n")  # and not at the odder ends of lines that splitlines() knows
+            return f.read().split("\n")  # splitlines() would also split at rarer characters
     except FileNotFoundError:
         raise ValueError(f"there is no file {path!r}") from None
     except UnicodeDecodeError as e:
@@ -413,27 +405,73 @@ def atomic_write(path, aside=None, part=None):
             os.remove(part)
 
 
+def progress(items, size, what):
+    """
+    Yield a sequence in chunks of `size`, and have rank 0 print how far it is, where that takes long:
+        encoding: 1,280 of 12,288 (10%), 412.0/s, 0:00:27 left
+    A terminal shows one line that is overwritten; elsewhere, as in a log file, there is one every 5 seconds.
+    """
+    terminal, rank = sys.stdout.isatty(), os.environ.get("RANK", "0")  # as torchrun sets it
+    interval = 0.5 if terminal else 5.0
+    began = shown = time.monotonic()
+    for start in range(0, len(items), size):
+        yield items[start:start + size]
+        done, now = min(start + size, len(items)), time.monotonic()
+        finished = done == len(items)
+        if rank == "0" and (now - shown > interval or finished and shown > began):
+            shown, speed, share = now, done / (now - began), done / len(items)
+            left = datetime.timedelta(seconds=round((len(items) - done) / speed))
+            print(f"{what}: {done:,} of {len(items):,} ({share:.0%}), {speed:,.1f}/s, {left} left",
+                  end="     \r" if terminal and not finished else "\n", flush=True)
+
+
+CHUNK = 64  # samples that are read, and of a token cache encoded and recorded, together
+
+
+class Readable(torch.utils.data.Dataset):
+    """[i] -> read(i), or None where that raises Unreadable."""
+
+    def __init__(self, read, errors):
+        self.read, self.errors = read, errors
+
+    def __getitem__(self, i):
+        return self.errors.try_read(self.read, i)
+
+
+def read_chunks(read, indices, what, log="", workers=0, n=None):
+    """
+    Yield (64 indices, [read(i) of each, or None where it is Unreadable]), with progress() and, if there are
+    `workers`, by loader processes. Raises OSError where most of them, or of the n that they are a rest of,
+    cannot be read.
+    """
+    errors = ReadErrors(log, workers)
+    loader = torch.utils.data.DataLoader(
+        Readable(read, errors), batch_sampler=[indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)],
+        collate_fn=list, num_workers=workers, generator=torch.Generator())
+    for chunk, results in zip(progress(indices, CHUNK, what), loader):
+        errors.raise_if_most_failed(n or len(indices))
+        yield chunk, results
+
+
 # -----------------------------------------------------------------------------
 # Layouts on disk
 
-class Texts:
-    """
-    Many strings in one block of bytes, which loader processes share; of a list each would soon have a copy.
-    """
+class PackedStrings:
+    """Strings in one block of bytes, which loader processes share; of a list each would soon have a copy."""
 
-    def __init__(self, texts):
-        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
-        self.ends = np.cumsum([0, *map(len, encoded)])
+    def __init__(self, strings):
+        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
+        self.offsets = np.cumsum([0, *map(len, encoded)])
         self.block = np.frombuffer(b"".join(encoded), np.uint8)
 
     def __len__(self):
-        return len(self.ends) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, i):
-        return self.block[self.ends[i]:self.ends[i + 1]].tobytes().decode("utf-8", "surrogatepass")
+        return self.block[self.offsets[i]:self.offsets[i + 1]].tobytes().decode("utf-8", "surrogatepass")
 
 
-class Files(Dataset):
+class ImageFiles(Dataset):
     """
     Image files, by paths below a root, and the captions of each, if any: what most layouts come down to.
     Raises ValueError where there are none, or none of a hundred of them is there.
@@ -445,29 +483,30 @@ class Files(Dataset):
         some = paths[::-(-len(paths) // 100)]
         if not any(os.path.lexists(os.path.join(root, path)) for path in some):
             raise ValueError(f"{source} names images that are not in {root or '.'}, {some[0]} for one")
-        self.root, self.paths, self.captioned = root, Texts(paths), bool(captions)
+        self.root, self.paths, self.captioned = root, PackedStrings(paths), bool(captions)
         captions = [[text.encode("utf-8", "replace").decode() for text in several] for several in captions]
-        self.texts = Texts(text for several in captions for text in several)
-        self.first = np.cumsum([0, *map(len, captions)])  # captions of image i: first[i] up to first[i + 1]
+        self.texts = PackedStrings(text for several in captions for text in several)
+        self.offsets = np.cumsum([0, *map(len, captions)])  # image i: texts offsets[i] up to offsets[i + 1]
 
     def __len__(self):
         return len(self.paths)
 
     def fingerprint(self):
-        return fingerprint(self.paths.block, self.paths.ends, self.texts.block, self.texts.ends, self.first)
+        return fingerprint(self.paths.block, self.paths.offsets, self.texts.block, self.texts.offsets,
+                           self.offsets)
 
     def image(self, i, min_side=0):
         return load_image(os.path.join(self.root, self.paths[i]), min_side)
 
     def captions(self, i):
-        return [self.texts[j] for j in range(self.first[i], self.first[i + 1])] if self.captioned else []
+        return [self.texts[j] for j in range(self.offsets[i], self.offsets[i + 1])] if self.captioned else []
 
 
-def walk(folder):
+def list_files(folder):
     """
     All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice, so
-    that a loop of links ends. Raises ValueError where there is no such folder, OSError where one cannot be
-    listed.
+    that a loop of links ends.
+    Raises ValueError where there is no such folder, OSError where one cannot be listed.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
@@ -475,48 +514,44 @@ def walk(folder):
     def refuse(error):
         raise OSError(f"folder {error.filename} cannot be read ({error.strerror})")
 
-    found, seen = [], set()
-    for here, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        place = os.stat(here)
-        if (place.st_dev, place.st_ino) in seen:
+    found, visited = [], set()
+    for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        stat = os.stat(parent)
+        if (stat.st_dev, stat.st_ino) in visited:
             folders.clear()
             continue
-        seen.add((place.st_dev, place.st_ino))
+        visited.add((stat.st_dev, stat.st_ino))
         folders.sort()
-        below = os.path.relpath(here, folder)
-        found += [name if below == "." else os.path.join(below, name) for name in files]
+        found += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(found)
 
 
-def ending(path):
-    return os.path.splitext(path)[1][1:].lower()
+def is_image(path):
+    return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
 
 
 def read_folder(folder):
-    return Files(folder, folder, [path for path in walk(folder) if ending(path) in IMAGE_ENDINGS])
+    return ImageFiles(folder, folder, [path for path in list_files(folder) if is_image(path)])
 
 
 def read_imagenet(folder):
-    """
-    Images named in FOLDER_list.txt, by paths from the folder or from the list; without a list, all in it.
-    """
+    """Images named in FOLDER_list.txt, by paths from it or from the list; without a list, all in it."""
     listing = f"{os.path.normpath(folder)}_list.txt"
     if not os.path.exists(listing):
         return read_folder(folder)
-    paths = [line.rsplit(None, 1)[0] for line in list_lines(listing) if len(line.split()) > 1]
+    paths = [line.rsplit(None, 1)[0] for line in read_lines(listing) if len(line.split()) > 1]
     roots = (folder, os.path.dirname(listing))
     root = next((r for r in roots if any(os.path.exists(os.path.join(r, p)) for p in paths[:100])), folder)
-    return Files(listing, root, paths)
+    return ImageFiles(listing, root, paths)
 
 
-class Pairs(Files):
+class Pairs(ImageFiles):
     """Images with a caption file of the same path but for the ending `.txt`; others are left out."""
 
     def __init__(self, folder):
-        paths = walk(folder)
-        stems = {path[:-4] for path in paths if path.endswith(".txt")}
-        images = [path for path in paths
-                  if ending(path) in IMAGE_ENDINGS and os.path.splitext(path)[0] in stems]
+        paths = list_files(folder)
+        captioned = {path[:-4] for path in paths if path.endswith(".txt")}
+        images = [path for path in paths if is_image(path) and os.path.splitext(path)[0] in captioned]
         if not images:
             raise ValueError(f"{folder} holds no image with a text file of the same stem")
         super().__init__(folder, folder, images)
@@ -526,7 +561,7 @@ class Pairs(Files):
         path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + ".txt")
         try:
             with open(path, "rb") as f:
-                return caption_lines(f.read(), path)
+                return decode_captions(f.read(), path)
         except OSError as e:
             raise Unreadable(f"caption file {path} cannot be read ({e.strerror})") from None
 
@@ -546,8 +581,8 @@ def read_coco(folder, captions, split):
             record = json.load(f)
         texts = {}
         if "annotations" in record:
-            for note in record["annotations"]:
-                texts.setdefault(note["image_id"], []).append(str(note["caption"]))
+            for annotation in record["annotations"]:
+                texts.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
             items = [(str(image["file_name"]), texts[image["id"]])
                      for image in record["images"] if image["id"] in texts]
         else:
@@ -564,21 +599,19 @@ def read_coco(folder, captions, split):
                          f"Karpathy split ({type(e).__name__}: {e})") from None
     if not items:
         raise ValueError(f"{captions} holds no captioned image")
-    return Files(captions, folder, *zip(*items))
+    return ImageFiles(captions, folder, *zip(*items))
 
 
 def read_tsv(path):
-    """
-    Lines `caption TAB path`, paths from where the file lies; lines of one path are captions of one image.
-    """
+    """Lines `caption TAB path`, paths from where the file lies; lines of one path belong to one image."""
     texts = {}
-    for number, line in enumerate(list_lines(path), 1):
+    for number, line in enumerate(read_lines(path), 1):
         caption, *rest = line.split("\t")
         if line.strip():
             if not rest or not rest[0].strip() or not caption.strip():
                 raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a caption, a tab, and a path")
             texts.setdefault(rest[0].strip(), []).append(caption.strip())
-    return Files(path, os.path.dirname(path), list(texts), list(texts.values()))
+    return ImageFiles(path, os.path.dirname(path), list(texts), list(texts.values()))
 
 
 class Fake(Dataset):
@@ -607,44 +640,46 @@ class Fake(Dataset):
 # -----------------------------------------------------------------------------
 # Tar shards
 
-# Where in its shard a sample's image and text begin, and their lengths, in bytes; 0 and 0 without a text.
-MEMBER = np.dtype([("image", "i8"), ("image_size", "i8"), ("text", "i8"), ("text_size", "i8")])
+# Where in its shard a sample's image and text begin, and their lengths, in bytes; 0 and 0 without a text
+SAMPLE = np.dtype([("image", "i8"), ("image_size", "i8"), ("text", "i8"), ("text_size", "i8")])
 
 
-def expand(pattern):
+def expand_shards(pattern):
     """
     "a/{00..02}.tar,b/*.tar,@list.txt" -> ["a/00.tar", "a/01.tar", "a/02.tar", "b/x.tar", ..., and the lines
     of the list, as paths from where it lies]; of a folder, its *.tar. Raises ValueError where one is no file.
     """
     found = []
-    for part in filter(None, re.split(r",(?![^{]*})", pattern)):
+    for part in filter(None, re.split(r",(?![^{]*})", pattern)):  # at the commas outside braces
         if part.startswith("@"):
-            base = os.path.dirname(part[1:])
-            paths = [os.path.join(base, line.strip()) for line in list_lines(part[1:]) if line.strip()]
-        else:
-            paths = [path for name in braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part)
-                     for path in sorted(glob.glob(name)) or [name]]
-        found += paths
+            folder = os.path.dirname(part[1:])
+            found += [os.path.join(folder, line.strip()) for line in read_lines(part[1:]) if line.strip()]
+            continue
+        for name in expand_braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part):
+            found += sorted(glob.glob(name)) or [name]
     absent = [path for path in found if not os.path.isfile(path)]
     if absent or not found:
         raise ValueError(f"there is no tar shard {absent[0] if absent else pattern}")
     return found
 
 
-def braces(pattern):
+def expand_braces(pattern):
     """"{08..10}{a,b}" -> ["08a", "08b", "09a", ...], as in a shell."""
     match = re.search(r"{([^{}]*)}", pattern)
     if not match:
         return [pattern]
     span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    names = match[1].split(",") if not span else [
-        f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
-    return [pattern[:match.start()] + name + rest for name in names for rest in braces(pattern[match.end():])]
+    if span:
+        names = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
+    else:
+        names = match[1].split(",")
+    before, after = pattern[:match.start()], expand_braces(pattern[match.end():])
+    return [before + name + rest for name in names for rest in after]
 
 
 def index_shard(path):
     """
-    A tar -> its samples that have an image, as an array of MEMBER in the order of the file, and a sentence
+    A tar -> its samples that have an image, as an array of SAMPLE in the order of the file, and a sentence
     that says what is wrong with it, or "". Reads headers alone. Members whose paths are the same up to the
     first dot of the name are a sample.
     """
@@ -653,12 +688,7 @@ def index_shard(path):
         with tarfile.open(path, "r:") as tar:
             with contextlib.suppress(tarfile.ReadError):  # cut inside a member: the block at tar.offset tells
                 for member in tar:
-                    folder, name = os.path.split(member.name)
-                    key, _, kind = name.partition(".")
-                    kind = "image" if kind.lower() in IMAGE_ENDINGS else kind.lower()
-                    if kind in ("image", "txt") and member.isreg():
-                        sample = samples.setdefault((folder, key), {})
-                        sample.setdefault(kind, (member.offset_data, member.size))
+                    add_member(samples, member)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole tar ends with
                 fault = f"tar shard {path} is cut or damaged at byte {tar.offset:,}"
@@ -666,30 +696,37 @@ def index_shard(path):
         fault = f"{path} is not a tar shard that can be read ({e}); compressed ones have to be unpacked"
     found = [(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
              if "image" in sample]
-    found = np.array(found, MEMBER)
+    found = np.array(found, SAMPLE)
     ends = np.maximum(found["image"] + found["image_size"], found["text"] + found["text_size"])
     return found[ends <= os.path.getsize(path)], fault
 
 
-def read_index(path, index_dir):
-    """
-    index_shard(), kept in a file beside the shard or in index_dir; made anew where the shard has changed.
-    """
-    kept = f"{path}.index.npz"
+def add_member(samples, member):
+    """Note in {(folder, key): {"image" or "txt": (offset, size)}} where a tar member is, if it is either."""
+    folder, name = os.path.split(member.name)
+    key, _, extension = name.partition(".")
+    kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
+    if kind in ("image", "txt") and member.isreg():
+        samples.setdefault((folder, key), {}).setdefault(kind, (member.offset_data, member.size))
+
+
+def load_shard_index(path, index_dir):
+    """index_shard(), kept in a file beside the shard or in index_dir; made anew if the shard has changed."""
+    index_path = f"{path}.index.npz"
     if index_dir:
-        place = zlib.crc32(os.path.abspath(path).encode())
-        kept = os.path.join(index_dir, f"{place:08x}_{os.path.basename(kept)}")
+        path_hash = zlib.crc32(os.path.abspath(path).encode())
+        index_path = os.path.join(index_dir, f"{path_hash:08x}_{os.path.basename(index_path)}")
     stamp = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    if os.path.exists(kept):
-        with np.load(kept) as found:
+    if os.path.exists(index_path):
+        with np.load(index_path) as found:
             if found["stamp"].tolist() == stamp:
                 return found["samples"], str(found["fault"])
     try:
         samples, fault = index_shard(path)
     except OSError as e:  # which may pass, and so is not kept
-        return np.zeros(0, MEMBER), f"tar shard {path} cannot be read ({e.strerror})"
+        return np.zeros(0, SAMPLE), f"tar shard {path} cannot be read ({e.strerror})"
     try:
-        with atomic_write(kept) as f:
+        with atomic_write(index_path) as f:
             np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
     except OSError as e:
         raise OSError(f"the index {e}; --index_dir names another folder for it") from None
@@ -697,15 +734,15 @@ def read_index(path, index_dir):
 
 
 @functools.lru_cache(maxsize=64)
-def opened(path):
-    """An open file; read it by position alone, for processes share it after a fork."""
-    return open(path, "rb", buffering=0)
+def open_shard(path, _process, _thread):
+    """An open file for one thread of one process: where it is shared, all would seek in it at once."""
+    return open(path, "rb")
 
 
 class Tar(Dataset):
     """
     WebDataset shards, read where their indices say. Samples without a text are left out where others have
-    one. Shards that cannot be read, or are cut, are noted in the log, and what is whole in them is used.
+    one. Shards that cannot be read, or are cut, are logged, and what is whole in them is used.
     The indices take some 20 to 30 s per million members, once. Ranks that start together share the work, and
     a run that was stopped goes on with what is missing.
     Raises ValueError where no sample is left, OSError where an index cannot be written.
@@ -714,17 +751,14 @@ class Tar(Dataset):
     def __init__(self, paths, index_dir="", log=""):
         if index_dir:
             os.makedirs(index_dir, exist_ok=True)
-        shown = time.time()
-        for i, path in enumerate(random.Random().sample(paths, len(paths))):  # in an order of the rank's own
-            read_index(path, index_dir)
-            if time.time() - shown > 5:
-                shown = time.time()
-                print(f"indexing tar shards: {i + 1:,} of {len(paths):,}", flush=True)
-        faults, shards = Faults(log), []
+        shuffled = random.Random().sample(paths, len(paths))  # each rank begins with other shards
+        for [path] in progress(shuffled, 1, "indexing tar shards"):
+            load_shard_index(path, index_dir)
+        errors, shards = ReadErrors(log), []
         for path in paths:
-            samples, fault = read_index(path, index_dir)
+            samples, fault = load_shard_index(path, index_dir)
             if fault:
-                faults.note(fault)
+                errors.write(fault)
             shards.append(samples)
         self.captioned = any((samples["text_size"] > 0).any() for samples in shards)
         if self.captioned:
@@ -733,34 +767,63 @@ class Tar(Dataset):
         if not self.paths:
             raise ValueError(f"none of the {len(paths)} tar shards, {paths[0]} for one, holds an image")
         self.samples = np.concatenate(shards)
-        self.shards = np.cumsum([0, *(len(samples) for samples in shards if len(samples))])[:-1]
+        self.shard_starts = np.cumsum([0, *(len(samples) for samples in shards if len(samples))])[:-1]
 
     def __len__(self):
         return len(self.samples)
 
     def fingerprint(self):
-        return fingerprint([os.path.basename(path) for path in self.paths], self.shards, self.samples)
+        return fingerprint([os.path.basename(path) for path in self.paths], self.shard_starts, self.samples)
 
     def read(self, i, kind):
         """-> bytes of the image or text of sample i, and what to call it."""
-        path = self.paths[np.searchsorted(self.shards, i, "right") - 1]
+        path = self.paths[np.searchsorted(self.shard_starts, i, "right") - 1]
         start, size = int(self.samples[i][kind]), int(self.samples[i][f"{kind}_size"])
         try:
-            content = os.pread(opened(path).fileno(), size, start)
-            name = os.pread(opened(path).fileno(), 100, start - tarfile.BLOCKSIZE)  # begins the header
+            f = open_shard(path, os.getpid(), threading.get_ident())
+            f.seek(start - tarfile.BLOCKSIZE)
+            header = f.read(tarfile.BLOCKSIZE)  # begins with the member's name, 100 bytes
+            content = f.read(size)
         except OSError as e:
             raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
-        return content, f"{path}: {name.rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        return content, f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
 
     def image(self, i, min_side=0):
         content, name = self.read(i, "image")
         return load_image(io.BytesIO(content), min_side, name)
 
     def captions(self, i):
-        return caption_lines(*self.read(i, "text")) if self.captioned else []
+        return decode_captions(*self.read(i, "text")) if self.captioned else []
 
 
 # -----------------------------------------------------------------------------
+# Data sets by their names, and parts of them
+
+UNCAPTIONED = ("imagenet", "folder")  # layouts that have no captions
+
+
+def open_data(config, split, log=""):
+    """
+    DataConfig, and `train`, `val` or, for scenes, `heldout` -> data set; broken tar shards go to the log.
+    Raises ValueError where settings are missing or contradict, or where there is no data.
+    """
+    n = config.n_scenes if split == "train" else 1024
+    where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
+    if config.data in ("scenes", "fake"):
+        if where:
+            raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: "
+                             "name its layout by --data")
+        return Scenes(split, n) if config.data == "scenes" else Fake(split, n, config.fake_size)
+    if not where or config.data == "coco" and not captions:
+        needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
+        raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")
+    if config.data == "coco":
+        return read_coco(where, captions, split)
+    if config.data == "tar":
+        return Tar(expand_shards(where), config.index_dir, log)
+    readers = {"imagenet": read_imagenet, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
+    return readers[config.data](where)
+
 
 class Subset(Dataset):
     """Some items of a data set, as a data set."""
@@ -782,64 +845,41 @@ class Subset(Dataset):
 
 
 def validation_subset(dataset, count, log=""):
-    """
-    `count` items (all, if fewer) spread at random over what can be read, the same each time: for validation.
-    """
-    faults, items = Faults(log), []
+    """`count` samples (all, if fewer) drawn at random from those that can be read, the same each time."""
+    errors, indices = ReadErrors(log), []
     for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
-        if len(items) == count:
+        if len(indices) == count:
             break
-        if faults.attempt(lambda i=i: (dataset.captions(i), dataset.image(i, 64))):
-            items.append(i)
-        faults.check(len(dataset))
-    return Subset(dataset, items)
+        if errors.try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64))):
+            indices.append(i)
+        errors.raise_if_most_failed(len(dataset))
+    return Subset(dataset, indices)
 
 
 def all_captions(dataset, log=""):
     """Every caption that can be read."""
-    faults = Faults(log)
-    return [caption for i in range(len(dataset)) for caption in faults.attempt(dataset.captions, i) or ()]
-
-
-UNCAPTIONED = ("imagenet", "folder")  # layouts that have no captions
-
-
-def open_data(config, split, log=""):
-    """DataConfig, and `train`, `val` or, for scenes, `heldout` -> data set; the log takes what is broken."""
-    n = config.n_scenes if split == "train" else 1024
-    where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
-    readers = {"scenes": lambda: Scenes(split, n), "fake": lambda: Fake(split, n, config.fake_size),
-               "imagenet": lambda: read_imagenet(where), "folder": lambda: read_folder(where),
-               "pairs": lambda: Pairs(where), "coco": lambda: read_coco(where, captions, split),
-               "tsv": lambda: read_tsv(where), "tar": lambda: Tar(expand(where), config.index_dir, log)}
-    if config.data not in readers:
-        raise ValueError(f"--data {config.data!r} is none of: {', '.join(readers)}")
-    if config.data in ("scenes", "fake") and where:
-        raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: name its layout by --data")
-    if config.data not in ("scenes", "fake") and not where or config.data == "coco" and not captions:
-        needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
-        raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")
-    return readers[config.data]()
+    chunks = read_chunks(dataset.captions, range(len(dataset)), "reading captions", log)
+    return [caption for _, results in chunks for captions in results if captions for caption in captions]
 
 
 # -----------------------------------------------------------------------------
-# Views: what a model takes
+# Crops
 
-def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
+def crop_to_tensor(image, size, scale=1.0, rng=None, crop_of="square"):
     """
     PIL image -> float tensor (3, size, size) in [-1, 1]: the centre square, or, given an rng, a random square
-    of `scale` to 1 times its area. With of="picture", times the picture's area: ten tries at a square that
-    has room, and else the centre square (as torchvision's RandomResizedCrop).
+    of `scale` to 1 times its area. With crop_of="picture", times the picture's area: ten tries at a square
+    that has room, and else the centre square (as torchvision's RandomResizedCrop).
     """
     w, h = image.size
     side = min(w, h)
     x, y = (w - side) // 2, (h - side) // 2
     if rng and scale < 1:
-        area = {"square": side * side, "picture": w * h}[of]
-        drawn = (max(1, round((area * rng.uniform(scale, 1)) ** 0.5)) for _ in range(10))
-        fits = next((d for d in drawn if d <= side), None)
-        if fits:
-            side = fits
+        area = {"square": side * side, "picture": w * h}[crop_of]
+        tries = (max(1, round((area * rng.uniform(scale, 1)) ** 0.5)) for _ in range(10))
+        fitting = next((tried for tried in tries if tried <= side), None)
+        if fitting:
+            side = fitting
             x, y = rng.randint(0, w - side), rng.randint(0, h - side)
     if side != max(w, h):
         image = image.crop((x, y, x + side, y + side))
@@ -851,8 +891,6 @@ def crop_to_tensor(image, size, scale=1.0, rng=None, of="square"):
 
 def min_crop_side(size, scale):
     """The shorter side, in pixels, of the image whose smallest crop has side `size`. See crop_to_tensor."""
-    if not 0 < scale <= 1:
-        raise ValueError(f"--crop_scale {scale} is not above 0 and at most 1")
     return math.ceil(size / scale ** 0.5)
 
 
@@ -860,9 +898,7 @@ class Pixels:
     """Images alone, for AugVAE: item(i, rng) -> (tensor (3, size, size) in [-1, 1],)."""
 
     def __init__(self, dataset, size, crop_scale, crop_of="square"):
-        if crop_of not in ("square", "picture"):
-            raise ValueError(f"--crop_of {crop_of!r} is none of: square, picture")
-        self.dataset, self.size, self.shards = dataset, size, dataset.shards
+        self.dataset, self.size, self.shard_starts = dataset, size, dataset.shard_starts
         self.crop_scale, self.crop_of, self.min_side = crop_scale, crop_of, min_crop_side(size, crop_scale)
 
     def __len__(self):
@@ -873,45 +909,150 @@ class Pixels:
         return (crop_to_tensor(image, self.size, self.crop_scale, rng, self.crop_of),)
 
 
+# -----------------------------------------------------------------------------
+# The order of samples, and their batches
+
+class ResumableBatchSampler:
+    """
+    Batches of (index, position), endlessly: epoch after epoch, each a fresh permutation of the data, cut into
+    global batches of world * batch_size, of which every rank takes its own stretch. `position` counts the
+    samples that all ranks have drawn since training began; `start` is the one to begin with.
+    A pure function of (seed, epoch, rank, world, position), so a run resumes at the very next sample, on any
+    number of ranks. Every epoch holds each sample once over all ranks; one that is no multiple of the global
+    batch ends inside a batch, and the next epoch goes on there: nothing is dropped, doubled or padded.
+
+    Of shards, given by the first sample of each, the permutation is one that reads files from front to back:
+    shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on a stretch,
+    hence on shards, of its own.
+    """
+
+    def __init__(self, n, batch_size, *, seed=0, start=0, rank=0, world=1, shard_starts=None,
+                 shuffle_buffer=4096):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.start, self.rank, self.world = start, rank, world
+        self.shard_starts, self.shuffle_buffer = shard_starts, shuffle_buffer
+
+    def permutation(self, epoch):
+        """-> (n,), which sample comes at each position of an epoch."""
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        if self.shard_starts is None:
+            return torch.randperm(self.n, generator=generator)
+        shards = np.split(np.arange(self.n), self.shard_starts[1:])
+        in_order = np.concatenate([shards[s] for s in torch.randperm(len(shards), generator=generator)])
+        delays = torch.rand(self.n, generator=generator, dtype=torch.float64) * self.shuffle_buffer
+        shuffled = in_order[(torch.arange(self.n) + delays).argsort().numpy()]
+        # the first stretch of these goes to the positions of rank 0, the next to those of rank 1, ...
+        positions = np.arange(epoch * self.n, (epoch + 1) * self.n)
+        ranks = positions // self.batch_size % self.world
+        positions_by_rank = np.argsort(ranks, kind="stable")
+        permutation = np.empty_like(shuffled)
+        permutation[positions_by_rank] = shuffled
+        return permutation
+
+    def __iter__(self):
+        epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
+        while True:
+            batch = []
+            for position in range(begin, begin + self.batch_size):
+                if position // self.n != epoch:
+                    epoch = position // self.n
+                    permutation = self.permutation(epoch)
+                batch.append((int(permutation[position % self.n]), position))
+            yield batch
+            begin += self.world * self.batch_size
+
+
+class SeededView(torch.utils.data.Dataset):
+    """
+    [(i, position)] -> a view's item(i, rng), where rng depends on the seed and the position alone. For a
+    sample that cannot be read, the same rng draws another; None after a hundred in a row.
+    """
+
+    def __init__(self, view, seed, errors):
+        self.view, self.seed, self.errors = view, seed, errors
+
+    def __getitem__(self, key):
+        i, position = key
+        rng = random.Random(f"{self.seed} {position}")
+        for _ in range(100):
+            item = self.errors.try_read(self.view.item, i, rng)
+            if item:
+                return item
+            i = rng.randrange(len(self.view))
+
+
+def collate(samples):
+    """Samples, tuples of tensors -> a list of stacked tensors; None where one of the samples is None."""
+    return torch.utils.data.default_collate(samples) if all(samples) else None
+
+
+def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, shuffle_buffer=4096, log=""):
+    """
+    An endless iterator over batches of a view, each a list of stacked tensors: see ResumableBatchSampler for
+    what comes when, SeededView for samples that cannot be read; those are named in the text file `log`.
+    Raises OSError where most cannot: see ReadErrors.
+    """
+    errors = ReadErrors(log, workers)
+    sampler = ResumableBatchSampler(len(view), batch_size, seed=seed, start=start, rank=rank, world=world,
+                                    shard_starts=view.shard_starts, shuffle_buffer=shuffle_buffer)
+    loader = torch.utils.data.DataLoader(SeededView(view, seed, errors), batch_sampler=sampler,
+                                         num_workers=workers, collate_fn=collate,
+                                         pin_memory=torch.cuda.is_available(),
+                                         generator=torch.Generator())  # leaves the global one as it is
+    for batch in loader:
+        errors.raise_if_most_failed(stuck=batch is None)
+        yield batch
+
+
+# -----------------------------------------------------------------------------
+# The token cache: a data set of N samples as tokens, encoded once, in a folder of five files
+#
+#     codes.npy    uint16 (N, crops, n_image)   image codes, of one or several crops
+#     texts.npy    uint16 (n_captions, n_text)  text ids of all captions
+#     offsets.npy  int64 (N + 1,)               the captions of sample i are texts[offsets[i]:offsets[i + 1]]
+#     state.npy    uint8 (N,)                   TO_DO, DONE or UNREADABLE
+#     key.json     what the tokens depend on
+
+TO_DO, DONE, UNREADABLE = 0, 1, 2
+
+
 class Tokens:
     """
-    A whole data set as tokens, for BiART, as build_token_cache() left it in a folder: codes.npy uint16 (N, crops,
-    n_image), texts.npy uint16 (n_captions, n_text) and first.npy, where the captions of image i are
-    texts[first[i]:first[i + 1]]. The files are mapped, not read: all processes of a machine share one copy,
-    of which only what is used is in memory.
+    The samples of a token cache that could be read, for BiART. Its files are mapped, not read: all processes
+    of a machine share one copy, of which only what is used is in memory.
     item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,), one crop drawn by
     rng; null, a bool tensor). `null` is true with probability null_prob: this sample's reference side is to
     be blanked, for guidance.
     """
-    shards = None
+    shard_starts = None
 
     def __init__(self, folder, null_prob=0.0):
         self.folder, self.null_prob = folder, null_prob
-        self.codes, self.texts, self.first = (np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-                                              for name in ("codes", "texts", "first"))
+        self.codes, self.texts, self.offsets, state = (
+            np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
+            for name in ("codes", "texts", "offsets", "state"))
+        self.rows = np.flatnonzero(state == DONE)
 
     def __reduce__(self):  # a loader process maps the files anew instead of being sent a copy
         return Tokens, (self.folder, self.null_prob)
 
     def __len__(self):
-        return len(self.codes)
+        return len(self.rows)
 
     def item(self, i, rng):
-        text = self.texts[rng.randrange(self.first[i], self.first[i + 1])]
+        row = self.rows[i]
+        text = self.texts[rng.randrange(self.offsets[row], self.offsets[row + 1])]
         null = torch.tensor(rng.random() < self.null_prob)
-        codes = self.codes[i, rng.randrange(self.codes.shape[1])]
+        codes = self.codes[row, rng.randrange(self.codes.shape[1])]
         text, codes = (torch.from_numpy(ids.astype(np.int64)) for ids in (text, codes))
         return text, codes, null
 
 
-# -----------------------------------------------------------------------------
-# The token cache
-
-class TokenCacheSource(torch.utils.data.Dataset):
+class TokenCacheSource:
     """
-    A captioned data set on its way to tokens: [i] -> (crops (n, 3, size, size), text ids of every caption,
-    how many of them had to be cut), or None where it cannot be read. One crop is the centre square; of
-    several, each is a random crop of `scale` to 1 times it, a pure function of (i, n).
+    A captioned data set on its way to tokens, of images `size` pixels wide and texts `n_text` tokens long.
+    One crop is the centre square; of several, each is a random crop of `scale` to 1 times it, a pure function
+    of the sample's and the crop's number. `log` names what cannot be read, `workers` are loader processes.
     """
 
     def __init__(self, dataset, tokenizer, n_text, size, crops=1, scale=1.0, log="", workers=0):
@@ -921,74 +1062,72 @@ class TokenCacheSource(torch.utils.data.Dataset):
             raise ValueError(f"--cache_crops {crops} is less than 1")
         self.dataset, self.tokenizer, self.n_text, self.size = dataset, tokenizer, n_text, size
         self.crops, self.scale = crops, scale if crops > 1 else 1.0
-        self.min_side = min_crop_side(size, self.scale)
-        self.workers, self.faults = workers, Faults(log, workers)
+        self.log, self.workers = log, workers
 
     def key(self):
         return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.fingerprint(),
                 "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} text tokens"}
 
-    def __len__(self):
-        return len(self.dataset)
+    def texts(self, i):
+        """-> ids of a sample's captions (n_captions, n_text), and how many of them had to be cut."""
+        captions = self.dataset.captions(i)
+        ids, cut = zip(*(self.tokenizer.encode_padded(caption, self.n_text) for caption in captions))
+        return np.array(ids, np.uint16), sum(cut)
 
-    def __getitem__(self, i):
-        return self.faults.attempt(self.read, i)
-
-    def read(self, i):
-        texts = [self.tokenizer.encode_padded(text, self.n_text) for text in self.dataset.captions(i)]
-        image = self.dataset.image(i, self.min_side)
-        crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
-                 for n in range(self.crops)]
-        return torch.stack(crops), [ids for ids, _ in texts], sum(cut for _, cut in texts)
-
-
-def identity_collate(x):
-    return x
+    def images(self, i):
+        """-> a sample's crops (crops, 3, size, size) in [-1, 1]."""
+        image = self.dataset.image(i, min_crop_side(self.size, self.scale))
+        return torch.stack([crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
+                            for n in range(self.crops)])
 
 
-def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, add=identity_collate, batch_size=64):
+def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, all_reduce=lambda x: x):
     """
-    Encode a data set once, into files that Tokens() maps; -> the folder.
-    source: a TokenCacheSource. encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of
-    what else the codes depend on. add: adds a tensor up over all ranks, and so lets them wait for each other.
-    Ranks share the work, in parts, each a file that is whole or not there, so that a run that was stopped
-    goes on where it was, with as many ranks as it likes; then the parts are joined. What cannot be read is
-    left out.
+    Encode a TokenCacheSource into a folder that Tokens() maps, or what is left to do of it; -> the folder.
+    encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of what else the codes
+    depend on. all_reduce: adds a tensor up over all ranks and returns the sum, and so makes them wait.
+    Every rank writes rows of its own, and which are done is on disk too, so a run that was killed goes on
+    where it was, with as many ranks as it likes. Samples that cannot be read are marked and left out.
     Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
     key = {**key, **source.key()}
-    described = os.path.join(folder, "key.json")
     if rank == 0:
-        if own and os.path.exists(described) and read_key(described) != key:
-            shutil.rmtree(folder)
-        os.makedirs(folder, exist_ok=True)
-        if not os.path.exists(described):
-            with atomic_write(described) as f:
-                f.write(json.dumps(key).encode())
-    add(torch.zeros(1))
-    differ = [name for name, value in key.items() if read_key(described).get(name) != value]
+        claim_folder(folder, key, own)
+    all_reduce(torch.zeros(1))
+    found = read_key(folder)
+    differ = " and ".join(name for name, value in key.items() if found.get(name) != value)
     if differ:
-        differ = " and ".join(differ)
         raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
 
-    n = len(source)
-    size = min(4096, max(16, n // 64))  # samples to a part
-    parts = {os.path.join(folder, f"part_{i // size:06d}.npz"): range(i, min(n, i + size))
-             for i in range(0, n, size)}
-    there = [os.path.exists(path) for path in [os.path.join(folder, "first.npy"), *parts]]
-    finished, *there = add(torch.tensor(there, dtype=torch.float) * (rank == 0)).tolist()  # as rank 0 sees it
-    if finished:
-        return folder
-    todo = [part for part, done in zip(parts.items(), there) if not done][rank::world]
-    encode_parts(source, encode, todo, batch_size, rank)
-    add(torch.zeros(1))
-    if rank == 0:
-        join_parts(folder, parts)
-    add(torch.zeros(1))
-    return folder
+    state_path = os.path.join(folder, "state.npy")
+    if rank == 0 and not os.path.exists(state_path):
+        create_token_cache(source, encode, folder)
+    while True:
+        state = torch.zeros(len(source.dataset), dtype=torch.int32)
+        if rank == 0:
+            state += torch.from_numpy(np.load(state_path))
+        rows = np.flatnonzero(all_reduce(state).numpy() == TO_DO)  # as rank 0 sees it
+        if not len(rows):
+            return folder
+        encode_rows(source, encode, folder, np.array_split(rows, world)[rank].tolist(), world)
+        all_reduce(torch.zeros(1))
 
 
-def read_key(path):
+def claim_folder(folder, key, own):
+    """Write key.json where there is none; of another key and our own, it goes, and state.npy before it."""
+    key_path, state_path = (os.path.join(folder, name) for name in ("key.json", "state.npy"))
+    os.makedirs(folder, exist_ok=True)
+    if own and os.path.exists(key_path) and read_key(folder) != key:
+        for path in (state_path, key_path):  # without a state, the other files count for nothing
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+    if not os.path.exists(key_path):
+        with atomic_write(key_path) as f:
+            f.write(json.dumps(key).encode())
+
+
+def read_key(folder):
+    path = os.path.join(folder, "key.json")
     try:
         with open(path, encoding="utf-8") as f:
             return dict(json.load(f))
@@ -996,156 +1135,70 @@ def read_key(path):
         raise ValueError(f"{path} does not describe a token cache") from None
 
 
-def encode_parts(source, encode, parts, batch_size, rank):
-    """[(path, indices)] -> at each path the codes, texts and so on of what can be read of them."""
-    batches = [(path, rows[i:i + batch_size], i + batch_size >= len(rows))
-               for path, rows in parts for i in range(0, len(rows), batch_size)]
-    loader = torch.utils.data.DataLoader(
-        source, batch_sampler=[rows for _, rows, _ in batches], collate_fn=identity_collate, num_workers=source.workers,
-        generator=torch.Generator())
-    total, done, began, shown = sum(len(rows) for _, rows in parts), 0, time.time(), time.time()
-    codes, texts, counts, cut = [], [], [], 0
-    for (path, rows, last), samples in zip(batches, loader):
-        samples = [sample for sample in samples if sample]
-        source.faults.check(total)
-        if samples:
-            images = torch.cat([crops for crops, *_ in samples])  # (B * crops, 3, size, size)
-            found = encode(images).cpu().numpy()
-            if found.max() > 65535:
-                raise ValueError(f"the token cache holds codes below 65536, not {found.max()}")
-            codes.append(found.astype(np.uint16).reshape(len(samples), source.crops, -1))
-            for _, ids, n_cut in samples:
-                texts += ids
-                counts.append(len(ids))
-                cut += n_cut
-        if last:
-            with atomic_write(path) as f:
-                np.savez(f, codes=np.concatenate(codes) if codes else np.zeros(0, np.uint16),
-                         texts=np.array(texts, np.uint16), counts=np.array(counts, np.int64),
-                         cut=np.array(cut))
-            codes, texts, counts, cut = [], [], [], 0
-        done += len(rows)
-        if rank == 0 and time.time() - shown > 5:
-            shown = time.time()
-            left = (shown - began) / done * (total - done)
-            print(f"encoding: {done:,} of {total:,} images, ETA {int(left) // 60}:{int(left) % 60:02d}",
-                  flush=True)
+def create_token_cache(source, encode, folder):
+    """Write all texts, and codes and state with every image to do; state.npy last, when all is there."""
+    n, counts, texts, n_cut = len(source.dataset), [], [], 0
+    nothing = np.zeros((0, source.n_text), np.uint16), 0
+    for _, results in read_chunks(source.texts, range(n), "tokenising captions", source.log, source.workers):
+        for ids, cut in (result or nothing for result in results):
+            counts.append(len(ids))
+            texts.append(ids)
+            n_cut += cut
+    if n_cut:
+        print(f"warning: {n_cut:,} of {sum(counts):,} captions are longer than --n_text {source.n_text} and "
+              "were cut", flush=True)
+    n_image = encode(torch.zeros(1, 3, source.size, source.size)).shape[1]
+    np.lib.format.open_memmap(os.path.join(folder, "codes.npy"), "w+", np.uint16, (n, source.crops, n_image))
+    columns = {"texts": np.concatenate(texts), "offsets": np.cumsum([0, *counts]),
+               "state": np.where(counts, TO_DO, UNREADABLE).astype(np.uint8)}
+    for name, column in columns.items():
+        with atomic_write(os.path.join(folder, f"{name}.npy")) as f:
+            np.save(f, column)
 
 
-def join_parts(folder, parts):
-    """The files of encode_parts() -> those of Tokens; first.npy, written last, says that all is there."""
-    held, cut = [], 0
-    for path in parts:
-        with np.load(path) as part:
-            if len(part["counts"]):
-                held.append((path, part["codes"].shape, part["texts"].shape, part["counts"]))
-            cut += int(part["cut"])
-    if not held:
-        raise ValueError(f"no sample for {folder} could be read")
-    for column, name in enumerate(("codes", "texts"), 1):
-        shape = (sum(h[column][0] for h in held), *held[0][column][1:])
-        whole_file = os.path.join(folder, f"{name}.npy")
-        joined, row = np.lib.format.open_memmap(f"{whole_file}.part", "w+", np.uint16, shape), 0
-        for path, *_ in held:
-            with np.load(path) as part:
-                joined[row:row + len(part[name])] = part[name]
-                row += len(part[name])
-        joined.flush()
-        os.replace(f"{whole_file}.part", whole_file)
-    with atomic_write(os.path.join(folder, "first.npy")) as f:
-        np.save(f, np.cumsum([0, *np.concatenate([counts for *_, counts in held])]))
-    for path in parts:
-        os.remove(path)
-    if cut:
-        print(f"warning: {cut:,} of {shape[0]:,} captions are longer than --n_text {shape[1]} and were cut",
-              flush=True)
-
-
-# -----------------------------------------------------------------------------
-# Order
-
-class ResumableBatchSampler:
+def encode_rows(source, encode, folder, rows, world):
     """
-    Batches of (index, place), endlessly, from place `start` on: epoch after epoch, each a fresh permutation
-    of the data, cut into global batches of world * batch_size of which every rank takes its own stretch.
-    `place` numbers the samples drawn since the beginning of training. A pure function of (seed, epoch, rank,
-    world, place), so a run resumes at the very next sample, on any number of ranks. Every epoch holds each
-    sample once over all ranks; one that is no multiple of the global batch ends inside a batch, and the next
-    epoch goes on there: nothing is dropped, doubled or padded.
-
-    Of shards, given as the first sample of each, the permutation is one that reads files from front to back:
-    shards in a random order, every sample moved by up to `buffer` places, and each rank on a stretch, hence
-    on shards, of its own.
+    Encode a rank's share of images, chunk by chunk. Those that are unreadable are marked last: were it most
+    of them, as of a disk that is not there, the next run had to try again.
     """
-
-    def __init__(self, n, batch_size, seed=0, start=0, rank=0, world=1, shards=None, buffer=4096):
-        self.n, self.batch_size, self.seed = n, batch_size, seed
-        self.start, self.rank, self.world = start, rank, world
-        self.shards, self.buffer = shards, buffer
-
-    def permutation(self, epoch):
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        if self.shards is None:
-            return torch.randperm(self.n, generator=generator)
-        shards = np.split(np.arange(self.n), self.shards[1:])
-        sequence = np.concatenate([shards[s] for s in torch.randperm(len(shards), generator=generator)])
-        moves = torch.rand(self.n, generator=generator, dtype=torch.float64) * self.buffer
-        places = np.arange(epoch * self.n, (epoch + 1) * self.n)
-        ranks = places // self.batch_size % self.world  # whose each place is
-        permutation = np.empty_like(sequence)
-        permutation[np.argsort(ranks,
-                               kind="stable")] = sequence[(torch.arange(self.n) + moves).argsort().numpy()]
-        return permutation
-
-    def __iter__(self):
-        epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
-        while True:
-            batch = []
-            for place in range(begin, begin + self.batch_size):
-                if place // self.n != epoch:
-                    epoch = place // self.n
-                    permutation = self.permutation(epoch)
-                batch.append((int(permutation[place % self.n]), place))
-            yield batch
-            begin += self.world * self.batch_size
+    n, unreadable = len(source.dataset), []
+    codes_path, state_path = (os.path.join(folder, name) for name in ("codes.npy", "state.npy"))
+    chunks = read_chunks(source.images, rows, "encoding", source.log, source.workers, n // world)
+    for chunk, results in chunks:
+        done = [row for row, images in zip(chunk, results) if images is not None]
+        unreadable += [row for row, images in zip(chunk, results) if images is None]
+        if not done:
+            continue
+        images = torch.cat([images for images in results if images is not None])
+        codes = encode(images).cpu().numpy()  # (B * crops, n_image)
+        if codes.max() > 65535:
+            raise ValueError(f"the token cache holds codes below 65536, not {codes.max()}")
+        codes = codes.astype(np.uint16).reshape(len(done), source.crops, -1)
+        write_rows(codes_path, n, done, codes)
+        write_rows(state_path, n, done, np.full(len(done), DONE, np.uint8))
+    write_rows(state_path, n, unreadable, np.full(len(unreadable), UNREADABLE, np.uint8))
 
 
-class Placed(torch.utils.data.Dataset):
+def write_rows(path, n, rows, values):
     """
-    Calls a view's item() with a random generator that depends on the seed and the sample's place alone. For a
-    sample that cannot be read, the same generator draws another; None after a hundred in a row.
+    Overwrite some of the n rows of a .npy file; they are on disk when this returns. By a file and not by a
+    map, as a full disk kills a process that writes to one. The file is opened for writing alone: a network
+    file system may else send whole pages, with what it believes to be in the rows of other ranks.
     """
+    def write_only(path, _flags):
+        return os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
 
-    def __init__(self, view, seed, faults):
-        self.view, self.seed, self.faults = view, seed, faults
-
-    def __getitem__(self, key):
-        i, place = key
-        rng = random.Random(f"{self.seed} {place}")
-        for _ in range(100):
-            item = self.faults.attempt(self.view.item, i, rng)
-            if item:
-                return item
-            i = rng.randrange(len(self.view))
-
-
-def stack(samples):
-    return torch.utils.data.default_collate(samples) if all(samples) else None
-
-
-def batches(view, batch_size, seed=0, start=0, rank=0, world=1, workers=0, buffer=4096, log=""):
-    """
-    An endless iterator over batches of a view, each a list of stacked tensors: see ResumableBatchSampler for what comes when,
-    Placed for samples that cannot be read. Raises OSError where most cannot: see Faults.check().
-    """
-    faults = Faults(log, workers)
-    order = ResumableBatchSampler(len(view), batch_size, seed, start, rank, world, view.shards, buffer)
-    loader = torch.utils.data.DataLoader(Placed(view, seed, faults), batch_sampler=order, num_workers=workers,
-                                         collate_fn=stack, pin_memory=torch.cuda.is_available(),
-                                         generator=torch.Generator())  # leaves the global one as it is
-    for batch in loader:
-        faults.check(stuck=batch is None)
-        yield batch
+    row_bytes = values[:1].nbytes
+    try:
+        header_bytes = os.path.getsize(path) - n * row_bytes
+        with open(path, "r+b", opener=write_only) as f:
+            for row, value in zip(rows, values):
+                f.seek(header_bytes + row * row_bytes)
+                f.write(value.tobytes())
+            f.flush()
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise OSError(f"{path} could not be written ({e.strerror}); what is in it already, stays") from None
 
 
 # -----------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """
-Byte-level byte pair encoding (BPE), all of it in this single file: text -> integers -> the same text.
+Byte-level byte pair encoding (BPE): text -> integers -> the same text.
 
 Text becomes UTF-8 bytes, so a vocabulary of 256 ids can already write anything. BPE then makes the common
 things short: it takes the pair of neighbouring ids that occurs most often in some training text, gives it
@@ -17,14 +17,10 @@ Merges never cross words, which keeps the tokens meaningful and lets training co
 The same class also reads the merge list that comes with CLIP, and then gives exactly CLIP's ids.
 
 References:
-1) Sennrich et al. 2016, "Neural Machine Translation of Rare Words with Subword Units", BPE for text:
-https://arxiv.org/abs/1508.07909
-2) the official GPT-2 implementation, where BPE starts from bytes and words keep the space before them:
-https://github.com/openai/gpt-2/blob/master/src/encoder.py
-3) the official CLIP implementation, lower-case and with a mark on the last byte of a word instead:
-https://github.com/openai/CLIP/blob/main/clip/simple_tokenizer.py
+1) BPE for text, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
+2) GPT-2, from bytes, words keep the space before them: https://github.com/openai/gpt-2, src/encoder.py
+3) CLIP, lower-case, a mark on a word's last byte: https://github.com/openai/CLIP, clip/simple_tokenizer.py
 """
-
 import functools
 import gzip
 import hashlib
@@ -45,15 +41,17 @@ FILE_FORMAT = "byte-level BPE tokenizer"  # the first field of a saved file, by 
 CLIP_MERGES = 48894  # the merge list holds 262144, CLIP stops at this many: 49408 - 2*256 - 2
 CACHE_WORDS = 2**16  # encode remembers at most this many distinct words, some 10 MB
 
+
 # -----------------------------------------------------------------------------
-# the two loops of BPE: learning merges from counted words, and applying them to one word
+# The two loops of BPE: learning merges from counted words, and applying them to one word
 
 def pairs(ids):
-    """ The neighbours: [1, 2, 3] -> (1, 2), (2, 3) """
-    return zip(ids, itertools.islice(ids, 1, None))
+    """The neighbours: [1, 2, 3] -> (1, 2), (2, 3)."""
+    return zip(ids, ids[1:])
+
 
 def replace_pair(ids, pair, new_id):
-    """ Replaces every `pair` by `new_id`, from left to right: ([1, 1, 1, 2], (1, 1), 9) -> [9, 1, 2] """
+    """Replaces every `pair` by `new_id`, from left to right: ([1, 1, 1, 2], (1, 1), 9) -> [9, 1, 2]."""
     out = []
     for i in ids:
         if out and (out[-1], i) == pair:
@@ -62,56 +60,68 @@ def replace_pair(ids, pair, new_id):
             out.append(i)
     return out
 
-def learn_merges(word_counts, first_id, how_many):
+
+def learn_merges(word_counts, first_id, n_merges):
     """
-    Learns up to `how_many` merges, fewer if no pair is left that occurs at least twice. `word_counts` maps
-    a word (tuple of ids) to how often it occurs; the i-th merge makes the id first_id + i. Among equally
-    frequent pairs the one with the smallest ids wins, so the order of the words makes no difference.
+    Learns up to `n_merges` merges, fewer if no pair is left that occurs at least twice. `word_counts` maps
+    a word (tuple of ids) to how often it occurs; the i-th merge makes the id first_id + i.
     ({(1, 2, 3): 5, (1, 2): 1}, 256, 2) -> [(1, 2), (256, 3)]
+
+    This is the whole idea, hundreds of times slower:
+
+        words, merges = list(word_counts), []
+        while len(merges) < n_merges:
+            counts = Counter()
+            for word, original in zip(words, word_counts):
+                for pair in pairs(word):
+                    counts[pair] += word_counts[original]
+            best = min(counts, key=lambda pair: (-counts[pair], pair), default=None)  # of equals the smallest
+            if counts[best] < 2:
+                break
+            words = [replace_pair(word, best, first_id + len(merges)) for word in words]
+            merges.append(best)
     """
+    # Here only the words that hold the merged pair are counted anew. The heap is not told when a count falls:
+    # what comes out on top is compared with the true count, and goes back if it promised too much.
     words, counts = [list(word) for word in word_counts], list(word_counts.values())
-    pair_count = Counter()
+    pair_counts = Counter()
     pair_words = defaultdict(set)  # pair -> indices of words that have it, or had it once
     for w, word in enumerate(words):
         for pair in pairs(word):
-            pair_count[pair] += counts[w]
+            pair_counts[pair] += counts[w]
             pair_words[pair].add(w)
-
-    # Counting everything anew after each merge would be simple, but hundreds of times slower. A merge only
-    # changes the words that contain the pair, so only they are recounted. The heap is not told when a count
-    # falls: what comes out on top is compared with the true count, and put back if it promised too much.
-    heap = [(-count, pair) for pair, count in pair_count.items()]
+    heap = [(-count, pair) for pair, count in pair_counts.items()]
     heapify(heap)
     merges = []
-    while heap and len(merges) < how_many:
-        promised, pair = heappop(heap)
-        count = pair_count[pair]
+    while heap and len(merges) < n_merges:
+        promised, best = heappop(heap)
+        count = pair_counts[best]
         if count != -promised:
-            heappush(heap, (-count, pair))
+            heappush(heap, (-count, best))
             continue
         if count < 2:
             break
         new_id = first_id + len(merges)
-        merges.append(pair)
-        grown = set()  # the pairs with new_id; a count of any other pair can only fall
-        for w in pair_words.pop(pair):
-            old, new = words[w], replace_pair(words[w], pair, new_id)
-            words[w] = new
-            for p in pairs(old):
-                pair_count[p] -= counts[w]
-            for p in pairs(new):
-                pair_count[p] += counts[w]
-                if new_id in p:
-                    pair_words[p].add(w)
-                    grown.add(p)
-        for p in grown:
-            heappush(heap, (-pair_count[p], p))
+        merges.append(best)
+        new_pairs = set()  # those with new_id; a count of any other pair can only fall
+        for w in pair_words.pop(best):
+            for pair in pairs(words[w]):
+                pair_counts[pair] -= counts[w]
+            words[w] = replace_pair(words[w], best, new_id)
+            for pair in pairs(words[w]):
+                pair_counts[pair] += counts[w]
+                if new_id in pair:
+                    pair_words[pair].add(w)
+                    new_pairs.add(pair)
+        for pair in new_pairs:
+            heappush(heap, (-pair_counts[pair], pair))
     return merges
 
-def apply_merges(ids, merged):
+
+def apply_merges(ids, pair_ids):
     """
-    Merges one word as far as it goes. `merged` maps a pair to the id it becomes; ids are given in the order
-    of learning, so of all possible merges the one with the smallest new id comes first, then the leftmost.
+    Merges one word as far as it goes. `pair_ids` maps a pair to the id that it becomes; ids are given in the
+    order of learning, so the pair with the smallest new id merges first, of equals the leftmost.
     ([104, 101, 108, 108, 111], {(108, 108): 256, (101, 256): 257}) -> [104, 257, 111]
     """
     # A linked list with a heap of possible merges: n log n, so that a "word" of 100,000 letters is harmless.
@@ -119,26 +129,28 @@ def apply_merges(ids, merged):
     n = len(ids)
     ids = [*ids, None]
     before, after = list(range(-1, n)), list(range(1, n + 2))
-    heap = [(merged[pair], i) for i, pair in enumerate(pairs(ids)) if pair in merged]
+    heap = [(pair_ids[pair], i) for i, pair in enumerate(pairs(ids)) if pair in pair_ids]
     heapify(heap)
     while heap:
         new_id, i = heappop(heap)
         j = after[i]
-        if merged.get((ids[i], ids[j])) != new_id:
+        if pair_ids.get((ids[i], ids[j])) != new_id:
             continue  # one of the two has merged with its other neighbour since
         ids[i], ids[j] = new_id, None
         k = after[i] = after[j]
         before[k] = i
         for left, right in ((before[i], i), (i, k)):
-            candidate = merged.get((ids[left], ids[right]))
+            candidate = pair_ids.get((ids[left], ids[right]))
             if candidate is not None:
                 heappush(heap, (candidate, left))
     return [i for i in ids if i is not None]
 
+
 # -----------------------------------------------------------------------------
-# the two kinds of tokenizer: how they clean text, cut it into words, and number their first ids
+# The two kinds of tokenizer: how they clean text, cut it into words, and number their first ids
 
 CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
+
 
 @functools.cache
 def trained_pattern():
@@ -148,6 +160,7 @@ def trained_pattern():
     left to the word that follows. Every character is in one of [^\W\d_], \d, [^\w\s], _ and \s.
     """
     return re.compile(rf"{CONTRACTIONS}| ?[^\W\d_]+| ?\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+
 
 @functools.cache
 def clip_pattern():
@@ -166,11 +179,13 @@ def clip_pattern():
     fixed = rf"(?i:<\|startoftext\|>|<\|endoftext\|>|{CONTRACTIONS})"
     return re.compile(rf"{fixed}|[^\W_{numbers}]+|[{numbers}]|(?:[^\w \u0345]|_)+")
 
+
 def clip_clean(text):
-    r""" Cleans text like CLIP, but without ftfy's repairs: " Fish &amp;\n CHIPS" -> "fish & chips" """
+    r"""Cleans text like CLIP, but without ftfy's repairs: " Fish &amp;\n CHIPS" -> "fish & chips"."""
     text = html.unescape(html.unescape(text))
     # unlike `re`, `regex` does not count the four separators U+001C..U+001F as white space
     return re.sub(r"[^\S\x1c-\x1f]+", " ", text).strip().lower()
+
 
 def clip_byte_order():
     """
@@ -182,13 +197,15 @@ def clip_byte_order():
     hidden = [b for b in range(256) if b not in visible]
     return bytes(visible + hidden), [chr(b) for b in visible] + [chr(256 + n) for n in range(len(hidden))]
 
+
 class Kind(NamedTuple):
-    """ Everything in which the kinds of tokenizer differ. """
-    clean: Callable            # text -> text, before it is cut
-    pattern: Callable          # () -> the compiled pattern that finds the words
-    byte_order: bytes          # the byte that each of the ids 0..255 stands for
-    marks_word_end: bool       # True: ids 256..511 are the same bytes once more, as the last one of a word
-    specials: dict             # role -> how it is spelled in text if at all; they have the last ids
+    """Everything in which the kinds of tokenizer differ."""
+    clean: Callable  # text -> text, before it is cut
+    pattern: Callable  # () -> the compiled pattern that finds the words
+    byte_order: bytes  # the byte that each of the ids 0..255 stands for
+    marks_word_end: bool  # True: ids 256..511 are the same bytes once more, as the last one of a word
+    specials: dict  # role -> how it is spelled in text, if at all; these tokens have the last ids
+
 
 KINDS = {
     "trained": Kind(str, trained_pattern, bytes(range(256)), False, {"end": None, "pad": None}),
@@ -198,43 +215,41 @@ KINDS = {
                  {"pad": "<|startoftext|>", "end": "<|endoftext|>"}),
 }
 
+
 # -----------------------------------------------------------------------------
 
 class Tokenizer:
     """
     Text -> ids and back. Made by Tokenizer.train, Tokenizer.from_clip or Tokenizer.load.
-
     len(tokenizer) is the size of the vocabulary, ids are 0 <= id < len(tokenizer);
     tokenizer.end and tokenizer.pad are the ids of the two special tokens, which stand for no text.
     """
 
     def __init__(self, kind, merges):
-        self.kind = kind
-        self.rules = KINDS[kind]
+        self.kind, self.rules = kind, KINDS[kind]
         self.merges = [tuple(pair) for pair in merges]
-        order = self.rules.byte_order
-        self.byte_ids = bytes(order.index(b) for b in range(256))  # byte -> id, for bytes.translate
-        self.tokens = [bytes([b]) for b in order]  # id -> bytes
+        byte_order = self.rules.byte_order
+        self.byte_ids = bytes(byte_order.index(b) for b in range(256))  # byte -> id, for bytes.translate
+        self.vocab = [bytes([b]) for b in byte_order]  # id -> bytes
         if self.rules.marks_word_end:
-            self.tokens += [token + b" " for token in self.tokens]
-        self.merged = {pair: i for i, pair in enumerate(self.merges, len(self.tokens))}
+            self.vocab += [token + b" " for token in self.vocab]
+        self.pair_ids = {pair: i for i, pair in enumerate(self.merges, len(self.vocab))}
         for left, right in self.merges:
-            self.tokens.append(self.tokens[left] + self.tokens[right])
-        special_ids = {role: i for i, role in enumerate(self.rules.specials, len(self.tokens))}
+            self.vocab.append(self.vocab[left] + self.vocab[right])
+        special_ids = {role: i for i, role in enumerate(self.rules.specials, len(self.vocab))}
         self.end, self.pad = special_ids["end"], special_ids["pad"]
-        self.spelled = {text: special_ids[role] for role, text in self.rules.specials.items() if text}
-        self.tokens += [b""] * len(special_ids)
+        self.spelled_ids = {text: special_ids[role] for role, text in self.rules.specials.items() if text}
+        self.vocab += [b""] * len(special_ids)
         self.pattern = self.rules.pattern()
         self.cache = {}  # word -> its ids
 
     def __len__(self):
-        return len(self.tokens)
+        return len(self.vocab)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """
         Learns a vocabulary from texts (any iterable of strings, read once).
-
         vocab_size counts everything: 256 bytes, the merges, and the 2 special tokens. It is an upper limit:
         training stops early when no pair of tokens occurs twice any more. The same texts always give the
         same vocabulary. Raises ValueError if vocab_size is below 258, TypeError if texts is a single string.
@@ -243,11 +258,9 @@ class Tokenizer:
             raise ValueError(f"vocab_size is {vocab_size} but must be at least 258: 256 bytes + end + pad")
         if isinstance(texts, str):
             raise TypeError("texts is a single string but must be an iterable of strings")
-        counts = Counter()
-        for text in texts:
-            counts.update(trained_pattern().findall(text))
+        counts = Counter(word for text in texts for word in trained_pattern().findall(text))
         word_counts = {tuple(word.encode("utf-8")): count for word, count in counts.items()}
-        return cls("trained", learn_merges(word_counts, first_id=256, how_many=vocab_size - 258))
+        return cls("trained", learn_merges(word_counts, first_id=256, n_merges=vocab_size - 258))
 
     @classmethod
     def from_clip(cls, path) -> "Tokenizer":
@@ -278,24 +291,23 @@ class Tokenizer:
         is ordinary text; a CLIP one has the ids 49406 and 49407 for "<|startoftext|>" and "<|endoftext|>".
         Raises ValueError (as UnicodeEncodeError) if text contains a lone surrogate, which is no character.
         """
-        ids, cache = [], self.cache
+        ids = []
         for word in self.pattern.findall(self.rules.clean(text)):
-            word_ids = cache.get(word)
-            if word_ids is None:
-                if len(cache) >= CACHE_WORDS:
-                    cache.clear()
-                word_ids = cache[word] = self.encode_word(word)
-            ids += word_ids
+            if word not in self.cache:
+                if len(self.cache) >= CACHE_WORDS:
+                    self.cache.clear()
+                self.cache[word] = self.encode_word(word)
+            ids += self.cache[word]
         return ids
 
     def encode_word(self, word):
-        """ The ids of a single word as the pattern found it: " lower" -> (258, 101, 114) """
-        if word in self.spelled:
-            return (self.spelled[word],)
+        """The ids of a single word as the pattern found it: " lower" -> (258, 101, 114)."""
+        if word in self.spelled_ids:
+            return (self.spelled_ids[word],)
         ids = list(word.encode("utf-8").translate(self.byte_ids))
         if self.rules.marks_word_end:
             ids[-1] += 256
-        return tuple(apply_merges(ids, self.merged))
+        return tuple(apply_merges(ids, self.pair_ids))
 
     def encode_padded(self, text: str, length: int) -> tuple[list[int], bool]:
         """
@@ -317,20 +329,20 @@ class Tokenizer:
         it comes in lower case with a space between any two words. Ids that a model made up need not be valid
         UTF-8: broken parts become U+FFFD. Raises ValueError if an id is not in 0..len(tokenizer)-1.
         """
-        parts = []
+        tokens = []
         for i in ids:
-            if not 0 <= i < len(self.tokens):
-                raise ValueError(f"token id {i} is out of range, valid ids are 0 to {len(self.tokens) - 1}")
-            parts.append(self.tokens[i])
-        text = b"".join(parts).decode("utf-8", errors="replace")
+            if not 0 <= i < len(self.vocab):
+                raise ValueError(f"token id {i} is out of range, valid ids are 0 to {len(self.vocab) - 1}")
+            tokens.append(self.vocab[i])
+        text = b"".join(tokens).decode("utf-8", errors="replace")
         return text.strip() if self.rules.marks_word_end else text
 
     def fingerprint(self) -> str:
-        """ 16 hex digits that identify the vocabulary, to tell if a model was trained with another one. """
+        """16 hex digits that identify the vocabulary, to tell if a model was trained with another one."""
         return hashlib.sha256(json.dumps([self.kind, self.merges]).encode()).hexdigest()[:16]
 
     def save(self, path):
-        """ Writes a JSON file, all at once: whoever looks sees the old file or the new, never half of it. """
+        """Writes a JSON file, all at once: whoever looks sees the old file or the new, never half of it."""
         temporary = f"{os.fspath(path)}.tmp"
         with open(temporary, "w", encoding="utf-8") as f:
             json.dump({"format": FILE_FORMAT, "kind": self.kind, "merges": self.merges}, f)
@@ -345,20 +357,20 @@ class Tokenizer:
         try:
             with open(path, "rb") as f:
                 content = f.read()
-            packed = content.startswith(b"\x1f\x8b")  # gzip
-            data = None if packed else json.loads(content)
+            gzipped = content.startswith(b"\x1f\x8b")
+            record = None if gzipped else json.loads(content)
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"cannot read {path} as a tokenizer file ({error})") from error
-        if packed:
+        if gzipped:
             return cls.from_clip(path)
-        if not isinstance(data, dict) or data.get("format") != FILE_FORMAT:
+        if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
             raise ValueError(f"{path} is JSON but not a tokenizer file")
-        kind, merges = data.get("kind"), data.get("merges")
+        kind, merges = record.get("kind"), record.get("merges")
         if not isinstance(kind, str) or kind not in KINDS:
             raise ValueError(f"{path} is a tokenizer file of the unknown kind {kind!r}")
-        known = 512 if KINDS[kind].marks_word_end else 256  # a merge may only use ids from before it
+        first_id = 512 if KINDS[kind].marks_word_end else 256  # a merge may only use ids from before it
         if not isinstance(merges, list) or not all(
                 isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and 0 <= i < n for i in pair)
-                for n, pair in enumerate(merges, known)):
+                for n, pair in enumerate(merges, first_id)):
             raise ValueError(f"{path} is a tokenizer file with damaged merges")
         return cls(kind, merges)

@@ -210,8 +210,9 @@ def train(settings):
     del saved
 
     val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
-    batches = data.batches(train_view, config.batch_size, config.seed, progress.samples, context.rank,
-                           context.world, settings.data.workers, settings.data.shuffle_buffer, bad_images)
+    batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
+                           rank=context.rank, world=context.world, workers=settings.data.workers,
+                           shuffle_buffer=settings.data.shuffle_buffer, log=bad_images)
     log = Log(settings.path(""), objective.parts, progress, schedule, context)
     stopping = False
     with Signals() as signals:
@@ -450,7 +451,7 @@ class AugVAEObjective(nn.Module):
     def after_step(self, skipped):
         """The codebook's own step, from what the forward passes collected; a skipped step drops that."""
         if skipped:
-            self.model.codebook.pending = None
+            self.model.codebook.discard()
             return {}
         use, perplexity = self.model.codebook.update()
         return {"codebook_use": use, "perplexity": perplexity}
