@@ -31,11 +31,11 @@ import json
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -183,17 +183,13 @@ class Run:
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
-    def decode_pixels(self, codes):
+    def decode(self, codes):
         """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
         sides = self.vae.config.grids
         flat = codes.split([side ** 2 for side in sides], dim=1)
         grids = [codes_.unflatten(1, (side, side)) for codes_, side in zip(flat, sides)]
         with self.context.autocast():
             return self.vae.decode(grids).float()
-
-    def decode(self, codes):
-        """Codes (B, n), as encode() gives them -> PIL images."""
-        return [data.to_image(x) for x in self.decode_pixels(codes)]
 
     def tokenize(self, captions):
         """Captions -> LongTensor (B, n_text); says so where one is cut."""
@@ -268,9 +264,9 @@ class Run:
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
             groups = self.candidates(text, "image", n, indices, prefix)
             for i, group in zip(indices, groups):
-                pictures = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
-                yield [{"picture": picture, "prompt": prompts[i], **candidate.record_fields()}
-                       for picture, candidate in zip(pictures, group)]
+                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
+                yield [{"picture": data.to_image(x), "prompt": prompts[i], **candidate.record_fields()}
+                       for x, candidate in zip(pixels, group)]
 
     def caption_all(self, images, n=1):
         """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
@@ -300,8 +296,8 @@ class Run:
         """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
         text, codes = self.tokenize([caption]), self.encode([image])[0]
         with self.context.autocast():
-            return {direction: self.biart.log_likelihood(text, codes, to)[0].item()
-                    for direction, to in (("t2i", "image"), ("i2t", "text"))}
+            t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
+        return {"t2i": t2i.item(), "i2t": i2t.item()}
 
 
 def progress(items, size, task):
@@ -324,10 +320,8 @@ def read_prompts(path):
     try:
         with open(path, encoding="utf-8-sig") as f:
             prompts = [line.strip() for line in f if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"there is no file of prompts {path}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a text file that can be read ({e})") from None
+        raise ValueError(f"--prompts {path} is not a text file that can be read ({e})") from None
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
@@ -410,8 +404,8 @@ def save_reconstructions(run, paths, images):
         for indices in progress(range(len(images)), 8, "reconstruction"):
             codes, pixels = run.encode([images[i] for i in indices])
             yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(indices, pixels)]
-            yield [{"picture": picture, "image": f"{paths[i]}, its tokens"}
-                   for i, picture in zip(indices, run.decode(codes))]
+            yield [{"picture": data.to_image(x), "image": f"{paths[i]}, its tokens"}
+                   for i, x in zip(indices, run.decode(codes))]
 
     save_samples(run, "reconstructed", groups(), min(8, len(images)))
 
@@ -531,10 +525,13 @@ class FIDInception(nn.Module):
 
     @torch.no_grad()
     def forward(self, pictures):
-        x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-        x = x.to(next(self.parameters()).device).float() / 255
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1).cpu()
+        features, device = [], next(self.parameters()).device
+        for i in range(0, len(pictures), 50):
+            x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures[i:i + 50]]))
+            x = x.to(device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+            x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+            features.append(self.net(2 * x - 1).cpu())
+        return torch.cat(features)
 
 
 def frechet_distance(x, y):
@@ -658,26 +655,18 @@ def caption_scores(said, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def metric_weights(run, flag, file):
-    """Path of weights: named by --flag, cached or, with --download, fetched; else None, and says so."""
-    path = augvae.find_weights(flag, getattr(run.config, flag), *file, run.config.download)
-    if not path:
-        print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
-              "what needs it is left out")
-    return path
-
-
-def load_inception(run):
-    """FIDInception, or None where its weights are not at hand."""
-    path = metric_weights(run, "fid_weights", FID_FILE)
-    return FIDInception(path).to(run.context.device) if path else None
-
-
-def load_lpips(run):
-    """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    paths = [metric_weights(run, "vgg_weights", augvae.VGG_FILE),
-             metric_weights(run, "lpips_weights", augvae.LPIPS_FILE)]
-    return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None
+def load_metric(run, network, files):
+    """
+    A metric's network, or None where weights of its are not at hand, which it says. Weights are a file named
+    by --flag, cached or, with --download, fetched; files: {flag: name, hash and address}.
+    """
+    c, paths = run.config, []
+    for flag, file in files.items():
+        paths.append(augvae.find_weights(flag, getattr(c, flag), *file, c.download))
+        if not paths[-1]:
+            print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
+                  "what needs it is left out")
+    return network(*paths).to(run.context.device) if all(paths) else None
 
 
 def evaluate(run, val, heldout):
@@ -685,7 +674,8 @@ def evaluate(run, val, heldout):
     -> the scores of all of these, by name; those of `heldout`, the built-in scenes' split of things never
     seen (or None), with "_heldout" behind their names. See the functions below.
     """
-    inception, is_scenes = load_inception(run), heldout is not None
+    inception = load_metric(run, FIDInception, {"fid_weights": FID_FILE})
+    is_scenes = heldout is not None
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
               **generation_scores(run, val, is_scenes, inception)}
     if is_scenes:
@@ -700,25 +690,21 @@ def one_caption_each(dataset):
     return [choices[i % len(choices)] for i, choices in enumerate(captions)]
 
 
-def fraction(truths):
-    """The share of some booleans that is true."""
-    truths = list(truths)
-    return sum(truths) / len(truths)
-
-
 def reconstruction_scores(run, val, inception=None):
     """
     -> {"psnr" (dB), "ssim", "l1" (of 0 to 1)}, "lpips" and "rfid" where there are weights, means over images;
     "codebook_use", the share of codes in use, and their "perplexity".
     """
-    metrics, lpips = {"psnr": psnr, "ssim": ssim, "l1": l1}, load_lpips(run)
+    metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    lpips = load_metric(run, augvae.LPIPS, {"vgg_weights": augvae.VGG_FILE,
+                                            "lpips_weights": augvae.LPIPS_FILE})
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     values, features = {name: [] for name in metrics}, ([], [])
     counts = torch.zeros(run.vae.config.codebook_size)
     for indices in progress(range(len(val)), 50, "reconstruction"):
         codes, originals = run.encode([val.image(i) for i in indices])
-        reconstructed = run.decode_pixels(codes)
+        reconstructed = run.decode(codes)
         for name, metric in metrics.items():
             values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
@@ -749,7 +735,7 @@ def likelihood_scores(run, val):
             log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
         ranks = retrieval_ranks(run, sides, query, answer)
-        scores.update({f"{direction}_recall{k}": fraction(rank < k for rank in ranks) for k in (1, 5)})
+        scores.update({f"{direction}_recall{k}": fmean(rank < k for rank in ranks) for k in (1, 5)})
     return scores
 
 
@@ -785,26 +771,25 @@ def generation_scores(run, dataset, is_scenes, inception=None):
         image_groups = run.candidates(text, "image", indices=indices)
         text_groups = run.candidates(codes, "text", indices=indices)
         for suffix, choose in choices.items():
-            painted[suffix] += run.decode(torch.stack([choose(group).tokens for group in image_groups]))
+            chosen = torch.stack([choose(group).tokens for group in image_groups])
+            painted[suffix] += [data.to_image(x) for x in run.decode(chosen)]
             captions[suffix] += [run.detokenize(choose(group).tokens) for group in text_groups]
     scores = {}
     for suffix in choices:
-        chosen = caption_scores(captions[suffix], references)
+        found = caption_scores(captions[suffix], references)
         if is_scenes:
-            chosen.update(exact_scores(painted[suffix], captions[suffix], references))
+            found.update(exact_scores(painted[suffix], captions[suffix], references))
         if inception:
-            chosen["fid"] = frechet_distance(*(torch.cat([inception(images[i:i + 50])
-                                                          for i in range(0, len(images), 50)])
-                                               for images in (originals, painted[suffix])))
-        scores.update({name + suffix: value for name, value in chosen.items()})
+            found["fid"] = frechet_distance(inception(originals), inception(painted[suffix]))
+        scores.update({name + suffix: value for name, value in found.items()})
     return scores
 
 
 def exact_scores(pictures, captions, references):
     """-> {"t2i_exact", "i2t_exact"}: the shares of scenes that say what the first reference says."""
     facts = [data.parse_caption(others[0]) for others in references]
-    return {"t2i_exact": fraction(data.read_scene(x) == fact for x, fact in zip(pictures, facts)),
-            "i2t_exact": fraction(data.parse_caption(x) == fact for x, fact in zip(captions, facts))}
+    return {"t2i_exact": fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts)),
+            "i2t_exact": fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))}
 
 
 # -----------------------------------------------------------------------------
@@ -835,17 +820,6 @@ def html_table(rows):
     return f"<table>{''.join(cells)}</table>"
 
 
-def entry_lines(run, entry):
-    """What samples.json tells of a picture, as lines of text."""
-    yield label(run, entry)
-    if entry.get("seed") is not None:
-        yield f"seed {entry['seed']}"
-    for direction, value in entry.get("scores", {}).items():
-        yield f"{direction} log p {value}"
-    for caption in entry.get("references", []):
-        yield f"given: {caption}"
-
-
 def stage_pictures(run, stage):
     """Paths of a stage's loss curve and of up to four of its grids of pictures, first and last among them."""
     stem = os.path.join(run.config.out_dir, stage)
@@ -856,7 +830,7 @@ def stage_pictures(run, stage):
 
 def write_page(run):
     """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
-    parts = []
+    parts, about = [], ("seed", "scores", "references")
     for name in ("scores", "samples"):
         path = os.path.join(run.save_dir, f"{name}.json")
         if not os.path.exists(path):
@@ -866,8 +840,9 @@ def write_page(run):
         if name == "scores":
             body = html_table(made["scores"])
         else:
-            figures = (html_figure(os.path.join(run.save_dir, entry["file"]), *entry_lines(run, entry))
-                       for entry in made["samples"])
+            figures = [html_figure(os.path.join(run.save_dir, entry["file"]), label(run, entry),
+                                   *(f"{key}: {entry[key]}" for key in about if key in entry))
+                       for entry in made["samples"]]
             body = f'<div class="grid">{"".join(figures)}</div>'
         parts += [f"<h2>{name}</h2>", body,
                   f"<details><summary>settings</summary>{html_table(made['settings'])}</details>"]
@@ -903,7 +878,7 @@ def bench(config, rounds=3):
         prefix = codes[:, :-left] if left else None
         times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
                  for _ in range(rounds + 1)]
-        return statistics.median(times[1:])
+        return median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
     memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
@@ -942,25 +917,22 @@ def check_uses(config, given):
             raise ValueError(f"--{name} is empty: give it {what}")
     uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
-    mistakes = (
+    mistakes = [
         (len(uses) > 1 and uses != ["--prompt", "--image"],
          f"{' and '.join(uses)} are different uses: choose one"),
         (c.prompt and c.image and not c.keep_rows,
          "--prompt with --image completes the image: say with --keep_rows how many rows to keep"),
-        (c.keep_rows and not c.image, "--keep_rows needs --image"),
-        (c.variations and not c.image, "--variations needs --image"),
-        (c.prefix and not c.image, "--prefix needs --image"),
+        *((getattr(c, name) and not c.image, f"--{name} needs --image")
+          for name in ("keep_rows", "variations", "prefix")),
         (c.keep_rows and not (c.prompt or c.variations),
          "--keep_rows needs --prompt or --variations, by which the other rows are painted"),
-        (c.variations and c.prompt,
-         "--variations paints what the image's captions say: give it no --prompt"),
+        (c.variations and c.prompt, "--variations paints what the image's captions say: give it no --prompt"),
         (c.prefix and c.prompt, "--prefix begins a caption of --image: it does not go with --prompt"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
         (c.beam and c.rerank > 1,
          f"--beam {c.beam} and --rerank {c.rerank} both choose captions: leave one out"),
         (c.beam and c.image and not c.variations and sampling,
-         f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}"),
-    )
+         f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
     for made, sentence in mistakes:
         if made:
             raise ValueError(sentence)
