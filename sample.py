@@ -143,7 +143,8 @@ class Run:
 
     def __init__(self, config):
         """Load AugVAE, which suffices for reconstructions."""
-        self.config, self.context = config, Context(config.device, config.dtype, wide=False)
+        self.config, self.save_dir = config, config.save_dir or config.out_dir
+        self.context = Context(config.device, config.dtype, wide=False)
         if config.vae:
             vae = load_augvae(config.vae)
         else:
@@ -151,7 +152,6 @@ class Run:
             vae = build_model(AugVAE, AugVAEConfig, checkpoint)
         self.vae = vae.to(self.context.device)
         self.image_size, self.image_side = vae.config.image_size, vae.config.single_level  # pixels, tokens
-        self.save_dir = config.save_dir or config.out_dir
 
     def load_biart(self):
         """Load BiART and the tokenizer too. Raises ValueError where they belong to another run."""
@@ -187,7 +187,7 @@ class Run:
         """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
         sides = self.vae.config.grids
         flat = codes.split([side ** 2 for side in sides], dim=1)
-        grids = [codes_.unflatten(1, (side, side)) for codes_, side in zip(flat, sides)]
+        grids = [grid.unflatten(1, (side, side)) for grid, side in zip(flat, sides)]
         with self.context.autocast():
             return self.vae.decode(grids).float()
 
@@ -285,6 +285,8 @@ class Run:
     def paint(self, prompt, n=1, image=None, **settings):
         """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
         run, images = self.with_settings(**settings), [image] if image else None
+        if bool(images) != bool(run.config.keep_rows):
+            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
         return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
 
     def caption(self, image, n=1, **settings):
@@ -410,12 +412,6 @@ def save_reconstructions(run, paths, images):
     save_samples(run, "reconstructed", groups(), min(8, len(images)))
 
 
-def save_paintings(run, prompts):
-    """n images of each prompt."""
-    n = run.config.n
-    save_samples(run, "painted", run.paint_all(prompts, n), sheet_columns(n))
-
-
 def save_captions(run, paths, images):
     """n captions of each image."""
     n = min(run.config.n, run.config.beam or run.config.n)
@@ -490,8 +486,8 @@ FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
              "pt_inception-2015-12-05-6726825d.pth"))
 
 
-class OtherPool(nn.Module):
-    """A block of torchvision's Inception, the last branch of which pools otherwise."""
+class WithPool(nn.Module):
+    """A block of torchvision's Inception with another pooling in its last branch."""
 
     def __init__(self, block, pool):
         super().__init__()
@@ -519,7 +515,7 @@ class FIDInception(nn.Module):
         for name, block in list(net.named_children()):
             if hasattr(block, "branch_pool"):
                 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-                setattr(net, name, OtherPool(block, nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else average))
+                setattr(net, name, WithPool(block, nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else average))
         net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False)
 
@@ -575,81 +571,85 @@ def ngrams(words):
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def bleu(said, references):
+def bleu(captions, references):
     """
-    Corpus BLEU-1 ... BLEU-4. said: a list of captions, each a list of words; references: for each a list of
-    such captions. A caption's reference length is that of the reference nearest in length.
+    Corpus BLEU-1 ... BLEU-4. captions: each a list of words; references: for each caption a list of such
+    lists. A caption's reference length is that of the reference nearest in length.
     """
-    right, possible, length, reference_length = [0] * 4, [0] * 4, 0, 0
-    for words, others in zip(said, references):
-        most = Counter()
+    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for words, others in zip(captions, references):
+        allowed = Counter()  # an n-gram counts as often as the reference that has most of it
         for other in others:
-            most |= ngrams(other)
-        for gram, count in (ngrams(words) & most).items():
-            right[len(gram) - 1] += count
+            allowed |= ngrams(other)
+        for gram, count in (ngrams(words) & allowed).items():
+            matched[len(gram) - 1] += count
         for n in range(4):
-            possible[n] += max(0, len(words) - n)
+            total[n] += max(0, len(words) - n)
         length += len(words)
         reference_length += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
     brevity = math.exp(min(0, 1 - (reference_length + 1e-9) / (length + 1e-15)))
-    logs = [math.log((r + 1e-15) / (p + 1e-9)) for r, p in zip(right, possible)]
+    logs = [math.log((m + 1e-15) / (t + 1e-9)) for m, t in zip(matched, total)]
     return [brevity * math.exp(sum(logs[:n]) / n) for n in range(1, 5)]
 
 
-def rouge_l(said, references):
-    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
-    def common(a, b):
-        best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
-        for word in a:
-            diagonal = 0
-            for j, other in enumerate(b):
-                longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
-                diagonal, best[j + 1] = best[j + 1], longest
-        return best[-1]
+def common_length(a, b):
+    """Length of the longest common subsequence of two lists of words."""
+    best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b):
+            longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
+            diagonal, best[j + 1] = best[j + 1], longest
+    return best[-1]
 
+
+def rouge_l(captions, references):
+    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
     total = 0.0
-    for words, others in zip(said, references):
+    for words, others in zip(captions, references):
         words, others = words or [""], [other or [""] for other in others]
-        lengths = [common(words, other) for other in others]
+        lengths = [common_length(words, other) for other in others]
         precision = max(lengths) / len(words)
         recall = max(n / len(other) for n, other in zip(lengths, others))
         if precision and recall:
             total += (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
-    return total / len(said)
+    return total / len(captions)
 
 
-def cider_d(said, references):
+def cider_d(captions, references):
     """
     CIDEr-D, 0 to 10; lists of words as for bleu(). Document frequencies are those of these references, so the
     score is of the set as a whole, and 0 for a single image.
     """
     documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
 
-    def weigh(words):  # tf-idf of every n-gram, a dict for each n
+    def tf_idf(words):
+        """-> {n-gram: weight} for each n of 1 to 4, and the norms of these four vectors."""
         vectors = [{} for _ in range(4)]
         for gram, count in ngrams(words).items():
-            vectors[len(gram) - 1][gram] = count * (math.log(len(said)) - math.log(max(1, documents[gram])))
+            idf = math.log(len(captions)) - math.log(max(1, documents[gram]))
+            vectors[len(gram) - 1][gram] = count * idf
         return vectors, [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
 
     total = 0.0
-    for words, others in zip(said, references):
-        ours, our_norms = weigh(words)
+    for words, others in zip(captions, references):
+        x, x_norms = tf_idf(words)
         for other in others:
-            theirs, their_norms = weigh(other)
+            y, y_norms = tf_idf(other)
             # the reference package counts bigrams, so an empty caption is as long as one word
             penalty = math.exp(-(max(0, len(words) - 1) - max(0, len(other) - 1)) ** 2 / (2 * 6.0 ** 2))
-            for mine, yours, a, b in zip(ours, theirs, our_norms, their_norms):
-                product = sum(min(v, yours[gram]) * yours[gram] for gram, v in mine.items() if gram in yours)
-                total += 10 / 4 * penalty * product / (a * b or 1) / len(others)
-    return total / len(said)
+            for n in range(4):
+                product = sum(min(v, y[n][gram]) * y[n][gram] for gram, v in x[n].items() if gram in y[n])
+                total += 10 / 4 * penalty * product / (x_norms[n] * y_norms[n] or 1) / len(others)
+    return total / len(captions)
 
 
-def caption_scores(said, references):
+def caption_scores(captions, references):
     """Captions, and for each a list of right ones -> {"bleu1", ... "bleu4", "rouge_l", "cider_d"}."""
-    said = [caption_words(c) for c in said]
-    references = [[caption_words(c) for c in others] for others in references]
-    return {**{f"bleu{n}": value for n, value in enumerate(bleu(said, references), 1)},
-            "rouge_l": rouge_l(said, references), "cider_d": cider_d(said, references)}
+    captions = [caption_words(caption) for caption in captions]
+    references = [[caption_words(other) for other in others] for others in references]
+    return {**{f"bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
+            "rouge_l": rouge_l(captions, references), "cider_d": cider_d(captions, references)}
 
 
 # -----------------------------------------------------------------------------
@@ -657,8 +657,8 @@ def caption_scores(said, references):
 
 def load_metric(run, network, files):
     """
-    A metric's network, or None where weights of its are not at hand, which it says. Weights are a file named
-    by --flag, cached or, with --download, fetched; files: {flag: name, hash and address}.
+    A metric's network, or None, with a line that says so, where its weights are not at hand. `files` has
+    {flag: name, hash and address} of each: named by --flag, in torch hub's cache or, with --download, fetched.
     """
     c, paths = run.config, []
     for flag, file in files.items():
@@ -759,23 +759,24 @@ def generation_scores(run, dataset, is_scenes, inception=None):
     "fid" of the paintings, where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
-    choices = {"": lambda group: min(group, key=lambda candidate: candidate.order)}
+    pick = {"": lambda group: min(group, key=lambda candidate: candidate.order)}
     if run.config.rerank > 1:
-        choices["_rerank"] = lambda group: group[0]
+        pick["_rerank"] = lambda group: group[0]
     prompts, references = one_caption_each(dataset), [dataset.captions(i) for i in range(len(dataset))]
-    originals, painted, captions = [], {x: [] for x in choices}, {x: [] for x in choices}
+    originals = []
+    painted, captions = {suffix: [] for suffix in pick}, {suffix: [] for suffix in pick}
     for indices in run.input_batches(len(dataset), 1, "painting and captioning"):
         codes, pixels = run.encode([dataset.image(i) for i in indices])
         originals += [data.to_image(x) for x in pixels]
         text = run.tokenize([prompts[i] for i in indices])
         image_groups = run.candidates(text, "image", indices=indices)
         text_groups = run.candidates(codes, "text", indices=indices)
-        for suffix, choose in choices.items():
+        for suffix, choose in pick.items():
             chosen = torch.stack([choose(group).tokens for group in image_groups])
             painted[suffix] += [data.to_image(x) for x in run.decode(chosen)]
             captions[suffix] += [run.detokenize(choose(group).tokens) for group in text_groups]
     scores = {}
-    for suffix in choices:
+    for suffix in pick:
         found = caption_scores(captions[suffix], references)
         if is_scenes:
             found.update(exact_scores(painted[suffix], captions[suffix], references))
@@ -974,7 +975,8 @@ def main(argv):
         save = save_repaintings if config.prompt or config.variations else save_captions
         save(run.load_biart(), *read_images(run, config.image))
     elif config.prompt or config.prompts:
-        save_paintings(run.load_biart(), prompts)
+        groups = run.load_biart().paint_all(prompts, config.n)
+        save_samples(run, "painted", groups, sheet_columns(config.n))
     else:
         val, heldout = open_validation(run.load_biart(), given)
         if config.eval:

@@ -2286,6 +2286,8 @@ def test_a_run_from_python(loaded, finished, tmp_path, monkeypatch, capsys):
         loaded.paint("a cross", temprature=1)
     with pytest.raises(ValueError, match=r"--top_p 0 is not in \(0, 1\]"):
         loaded.paint("a cross", top_p=0)
+    with pytest.raises(ValueError, match="keep_rows.* go together"):
+        loaded.paint("a cross", image=image)
     with pytest.raises(ValueError, match="no checkpoint absent"):
         sample_module.load("absent")
 
