@@ -658,7 +658,7 @@ def caption_scores(captions, references):
 def load_metric(run, network, files):
     """
     A metric's network, or None, with a line that says so, where its weights are not at hand. `files` has
-    {flag: name, hash and address} of each: named by --flag, in torch hub's cache or, with --download, fetched.
+    {flag: name, hash and address}: named by --flag, in torch hub's cache or, with --download, fetched.
     """
     c, paths = run.config, []
     for flag, file in files.items():
