@@ -94,10 +94,11 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
-    limits = {"keep_rows": "[0, inf)", "eval_items": "[1, inf)", "eval_pairs": "[1, inf)", "n": "[1, 1000]",
-              "batch_size": "[1, inf)", "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]",
-              "guidance": "[0, inf)", "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]",
-              "beam": "[0, inf)", "length_penalty": "[0, inf)"}
+    limits = {**dict.fromkeys(("keep_rows", "temperature", "top_k", "guidance", "beam", "length_penalty"),
+                              "[0, inf)"),
+              **dict.fromkeys(("batch_size", "eval_items", "eval_pairs"), "[1, inf)"),
+              "n": "[1, 1000]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "top_p": "(0, 1]",
+              "seed": "[0, 1e18]"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
