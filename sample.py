@@ -14,6 +14,7 @@ $ python sample.py --eval --rerank 8                scores on validation data, o
 
 --save_dir gets pictures one by one, a contact sheet, samples.json (prompts, seeds, settings, scores), after
 --eval scores.json, and with --html all of it on one page, page.html, with the run's curves and grids.
+From Python, see load().
 
 References:
 1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's network).
@@ -21,18 +22,20 @@ References:
    https://arxiv.org/abs/1411.5726. All as the MS-COCO caption evaluation computes them.
 """
 import base64
+import copy
 import dataclasses
 import glob
 import html
+import itertools
 import json
 import math
 import os
 import re
-import statistics
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass
+from statistics import fmean, median
 
 import numpy as np
 import torch
@@ -73,6 +76,7 @@ class SampleConfig:
     # How to sample, in both directions
     n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
     batch_size: int = 64  # samples made at a time; the results are the same
+    window: int = 0  # tokens guessed ahead in a pass, the results are the same; 0 is what is fastest here
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
     top_p: float = 0.9  # sample from the likeliest tokens that sum to this probability
@@ -91,98 +95,111 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
+    limits = {**dict.fromkeys(("window", "keep_rows", "temperature", "top_k", "guidance", "beam",
+                               "length_penalty"), "[0, inf)"),
+              **dict.fromkeys(("batch_size", "eval_items", "eval_pairs"), "[1, inf)"),
+              "n": "[1, 1000]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "top_p": "(0, 1]",
+              "seed": "[0, 1e18]"}
+    choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
-def check(config, given):
-    """Raises ValueError, a sentence, for settings out of range or that do not go together."""
-    ranges = (("n", 1, 1000), ("batch_size", 1, None), ("eval_items", 1, None), ("eval_pairs", 1, None),
-              ("rerank", 1, 1000), ("rerank_forward", 0, 1), ("beam", 0, None), ("temperature", 0, None),
-              ("top_k", 0, None), ("keep_rows", 0, None))
-    for name, low, high in ranges:
-        value = getattr(config, name)
-        if not low <= value <= (math.inf if high is None else high):
-            wanted = f"at least {low}" if high is None else f"in {low} to {high}"
-            raise ValueError(f"--{name} {value} is not {wanted}")
-    if not 0 < config.top_p <= 1:
-        raise ValueError(f"--top_p {config.top_p} is not above 0 and at most 1")
-    for name, what in (("prompt", "a caption"), ("prompts", "a file"), ("image", "an image file"),
-                       ("prefix", "words")):
-        if name in given and not "".join(given[name]).strip():
-            raise ValueError(f"--{name} is empty: give it {what}")
-    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval")
-            if getattr(config, name)]
-    if len(uses) > 1 and uses != ["--prompt", "--image"]:
-        raise ValueError(f"{' and '.join(uses)} are different uses: choose one")
-    if len(uses) == 2 and not config.keep_rows:
-        raise ValueError("--prompt with --image completes the image: "
-                         "say with --keep_rows how many rows to keep")
-    for name in ("keep_rows", "variations", "prefix"):
-        if getattr(config, name) and not config.image:
-            raise ValueError(f"--{name} needs --image")
-    if config.keep_rows and not (config.prompt or config.variations):
-        raise ValueError("--keep_rows needs --prompt or --variations, by which the other rows are painted")
-    if config.variations and config.prompt:
-        raise ValueError("--variations paints what the image's captions say: give it no --prompt")
-    if config.prefix and config.prompt:
-        raise ValueError("--prefix begins a caption of --image: it does not go with --prompt")
-    if config.beam and (config.prompt or config.prompts):
-        raise ValueError("--beam searches for captions: it does not paint")
-    if config.beam and config.rerank > 1:
-        raise ValueError(f"--beam {config.beam} and --rerank {config.rerank} both choose captions: "
-                         "leave one out")
-    for name in ("temperature", "top_k", "top_p"):
-        if config.beam and config.image and not config.variations and name in given:
-            raise ValueError(f"--{name} is for sampling, and --beam {config.beam} does not sample: "
-                             "leave one out")
+
+# -----------------------------------------------------------------------------
+# A run, and how it is sampled in both directions
+
+# The fastest window (see BiART.generate) for up to so many rows; for more it is 1, token by token.
+WINDOWS = {2: 16, 8: 8}
+
+
+def default_window(rows):
+    return next((window for most, window in WINDOWS.items() if rows <= most), 1)
+
+
+def load(out_dir="out", **settings):
+    """
+    A trained run, to use from Python; settings are fields of SampleConfig.
+
+    >>> run = load("out")
+    >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
+    >>> captions = run.caption(pictures[0], n=2, prefix="there is")  # strings
+    >>> scores = run.score(captions[0], pictures[0])  # {"t2i": log p(image | caption), "i2t": ...}, nats
+    >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)
+
+    Raises ValueError, a sentence, where the run is incomplete or a setting out of range.
+    """
+    return Run(within_limits(SampleConfig(out_dir=out_dir, **settings))).load_biart()
+
+
+def within_limits(config):
+    return configure(dataclasses.asdict(config), "", SampleConfig)[0]
+
+
+@dataclass
+class Candidate:
+    """What was generated for an input."""
+    tokens: torch.Tensor  # (n_gen,)
+    order: int  # in which it was drawn; of beams, by log p
+    seed: int  # that gives these tokens again; None for beams
+    forward: float  # log p(candidate | input), nats
+    reverse: float  # log p(input | candidate), nats
+
+    def record_fields(self):
+        """What samples.json tells of it."""
+        return {"seed": self.seed,
+                "scores": {"forward": round(self.forward, 3), "reverse": round(self.reverse, 3)}}
 
 
 class Run:
-    """The models of a run in out_dir, and the sampler's settings."""
+    """The models of a run in out_dir, and the settings by which they are sampled."""
 
     def __init__(self, config):
-        self.config, self.context = config, Context(config.device, config.dtype, wide=False)
+        """Load AugVAE, which suffices for reconstructions."""
+        self.config, self.save_dir = config, config.save_dir or config.out_dir
+        self.context = Context(config.device, config.dtype, wide=False)
         if config.vae:
             vae = load_augvae(config.vae)
         else:
-            vae = build_model(AugVAE, AugVAEConfig,
-                          load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl"))
+            checkpoint = load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl")
+            vae = build_model(AugVAE, AugVAEConfig, checkpoint)
         self.vae = vae.to(self.context.device)
-        self.size, self.side = self.vae.config.image_size, self.vae.config.single_level
-        self.save_dir = config.save_dir or config.out_dir
-        if config.keep_rows and config.keep_rows >= self.side:
-            raise ValueError(f"--keep_rows {config.keep_rows} is not in 1 to {self.side - 1}, "
-                             f"of {self.side} rows of tokens")
-        os.makedirs(self.save_dir, exist_ok=True)
+        self.image_size, self.image_side = vae.config.image_size, vae.config.single_level  # pixels, tokens
 
     def load_biart(self):
         """Load BiART and the tokenizer too. Raises ValueError where they belong to another run."""
-        path = os.path.join(self.config.out_dir, "biart_best.pt" if self.config.best else "biart.pt")
+        c = self.config
+        path = os.path.join(c.out_dir, "biart_best.pt" if c.best else "biart.pt")
         checkpoint = load_checkpoint(path, "biart")
         self.settings = checkpoint["settings"]
-        self.tokenizer = Tokenizer.load(os.path.join(self.config.out_dir, "tokenizer.json"))
-        for name, print_ in (("augvae", fingerprint(self.vae)), ("tokenizer", self.tokenizer.fingerprint())):
-            if checkpoint[name] != print_:
-                where = self.config.vae if name == "augvae" and self.config.vae else self.config.out_dir
-                raise ValueError(f"{path} was trained with another {name} than the one in {where}")
+        self.tokenizer = Tokenizer.load(os.path.join(c.out_dir, "tokenizer.json"))
+        if checkpoint["augvae"] != fingerprint(self.vae):
+            raise ValueError(f"{path} was trained with another augvae than the one in {c.vae or c.out_dir}")
+        if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
+            raise ValueError(f"{path} was trained with another tokenizer than the one in {c.out_dir}")
         self.biart = build_model(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
         return self
 
+    def with_settings(self, **settings):
+        """The same models, sampled by other settings. What they were loaded by (device, ...) stays."""
+        other = copy.copy(self)
+        other.config = within_limits(dataclasses.replace(self.config, **settings))
+        return other
+
+    # -------------------------------------------------------------------------
+    # Between pictures or words, and tokens
+
     def encode(self, images):
         """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
-        pixels = torch.stack([data.crop_to_tensor(image, self.size) for image in images])
+        pixels = torch.stack([data.crop_to_tensor(image.convert("RGB"), self.image_size) for image in images])
         pixels = pixels.to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
-    def pixels(self, codes):
+    def decode(self, codes):
         """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
         sides = self.vae.config.grids
-        grids = [part.unflatten(1, (s, s)) for part, s in zip(codes.split([s * s for s in sides], 1), sides)]
+        flat = codes.split([side ** 2 for side in sides], dim=1)
+        grids = [grid.unflatten(1, (side, side)) for grid, side in zip(flat, sides)]
         with self.context.autocast():
             return self.vae.decode(grids).float()
-
-    def decode(self, codes):
-        """Codes (B, n), as encode() gives them -> PIL images."""
-        return [data.to_image(x) for x in self.pixels(codes)]
 
     def tokenize(self, captions):
         """Captions -> LongTensor (B, n_text); says so where one is cut."""
@@ -196,85 +213,107 @@ class Run:
                       file=sys.stderr)
         return torch.tensor(rows, device=self.context.device)
 
-    def candidates(self, ref, to, n=1, first=0, prefix=None):
-        """
-        The heart of all uses. REF sides (B, n_ref) of inputs number `first` and on -> for each a list of n
-        (with --rerank, all that were drawn, best first), as dicts: "tokens" (n_gen,), "order" in which they
-        were found, "seed" (of sampled ones), and in nats "forward", log p(candidate | input), and "reverse",
-        log p(input | candidate).
-        """
-        c, count = self.config, max(n, self.config.rerank)
-        seeds = [[c.seed + 1000 * (first + i) + j for j in range(count)] for i in range(len(ref))]
-        with self.context.autocast():
-            if c.beam and to == "text":
-                tokens, _ = self.biart.beam_search(ref, c.beam, prefix, c.length_penalty, c.guidance)
-            else:
-                tokens = self.biart.generate(ref, to, count, prefix, c.temperature, c.top_k, c.top_p,
-                                             c.guidance, [seed for row in seeds for seed in row])
-            tokens = tokens.view(len(ref), -1, tokens.shape[-1])
-            forward, reverse = (x.tolist() for x in self.biart.score_candidates(ref, tokens, to))
-        found = []
-        for i, row in enumerate(seeds):
-            found.append([{"tokens": tokens[i, j], "order": j,
-                           "seed": None if c.beam and to == "text" else row[j],
-                           "forward": forward[i][j], "reverse": reverse[i][j]}
-                          for j in range(tokens.shape[1])])
-            if c.rerank > 1:
-                found[-1].sort(key=self.score, reverse=True)
-        return found
+    def detokenize(self, tokens):
+        """LongTensor (n_text,) -> caption."""
+        return self.tokenizer.decode(tokens.tolist()).strip()
 
-    def score(self, candidate):
+    # -------------------------------------------------------------------------
+    # Sampling
+
+    def candidates(self, ref, to, n=1, indices=None, prefix=None):
+        """
+        The heart of all uses: generate the GEN side of inputs, look at it from both directions, and order it.
+
+        ref (B, n_ref): text for to="image", image codes for to="text". indices: the numbers of these inputs,
+        by which their seeds are chosen; None: 0, 1, 2, ... prefix (B, m): the first GEN tokens.
+        -> for each input a list of n Candidates in the order drawn; with --rerank all of them, best first.
+        """
+        c, beam = self.config, self.config.beam if to == "text" else 0
+        n = max(n, c.rerank)
+        indices = range(len(ref)) if indices is None else indices
+        seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices]
+        with self.context.autocast():
+            if beam:
+                tokens, _ = self.biart.beam_search(ref, beam, prefix, c.length_penalty, c.guidance)
+                seeds = [[None] * beam for _ in ref]
+            else:
+                tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
+                                             seeds=[seed for row in seeds for seed in row],
+                                             window=c.window or default_window(len(ref) * n))
+            tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
+            forward, reverse = (log_p.tolist() for log_p in self.biart.score_candidates(ref, tokens, to))
+        groups = []
+        for i in range(len(ref)):
+            group = [Candidate(tokens[i, j], j, seeds[i][j], forward[i][j], reverse[i][j])
+                     for j in range(tokens.shape[1])]
+            if c.rerank > 1:
+                group.sort(key=lambda x: self.rerank_score(x.forward, x.reverse), reverse=True)
+            groups.append(group)
+        return groups
+
+    def rerank_score(self, forward, reverse):
         """
         What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely
         it is itself, without which a crippled circle passes for a circle.
         """
         share = self.config.rerank_forward
-        return share * candidate["forward"] + (1 - share) * candidate["reverse"]
+        return share * forward + (1 - share) * reverse
 
-    def inputs(self, n, count, what):
-        """Inputs number 0 ... count - 1, as many at a time as --batch_size lets n samples of each be made."""
+    def input_batches(self, count, n, task):
+        """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
         drawn = max(n, self.config.rerank, self.config.beam)
-        return progress(range(count), max(1, self.config.batch_size // drawn), what)
+        return progress(range(count), max(1, self.config.batch_size // drawn), task)
 
-    def paint(self, prompts, n=1, images=None):
+    def paint_all(self, prompts, n=1, images=None):
         """
         Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
-        "scores"}. images: PIL images, one a caption, of which --keep_rows are kept.
+        "scores"}. images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
         """
-        n_kept = self.config.keep_rows * self.side
-        for some in self.inputs(n, len(prompts), "painting"):
-            captions = [prompts[i] for i in some]
-            kept = self.encode([images[i] for i in some])[0][:, :n_kept] if images else None
-            found = self.candidates(self.tokenize(captions), "image", n, some[0], kept)
-            for prompt, group in zip(captions, found):
-                pictures = self.decode(torch.stack([candidate["tokens"] for candidate in group[:n]]))
-                yield [{"picture": picture, "prompt": prompt, **told(candidate)}
-                       for picture, candidate in zip(pictures, group)]
+        n_kept = self.config.keep_rows * self.image_side
+        for indices in self.input_batches(len(prompts), n, "painting"):
+            text = self.tokenize([prompts[i] for i in indices])
+            prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
+            groups = self.candidates(text, "image", n, indices, prefix)
+            for i, group in zip(indices, groups):
+                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
+                yield [{"picture": data.to_image(x), "prompt": prompts[i], **candidate.record_fields()}
+                       for x, candidate in zip(pixels, group)]
 
-    def caption(self, images, n=1):
+    def caption_all(self, images, n=1):
         """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
-        ids = self.tokenizer.encode(self.config.prefix.strip())
-        if len(ids) >= self.biart.config.n_text:
-            raise ValueError(f"--prefix has {len(ids)} tokens, "
-                             f"and a whole caption at most {self.biart.config.n_text}")
-        for some in self.inputs(n, len(images), "captioning"):
-            codes, pixels = self.encode([images[i] for i in some])
-            found = self.candidates(codes, "text", n, some[0], codes.new_tensor(ids).expand(len(some), -1))
-            for x, group in zip(pixels, found):
-                yield [{"picture": data.to_image(x), "caption": self.say(candidate), **told(candidate)}
-                       for candidate in group[:n]]
+        ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
+        if len(ids) >= n_text:
+            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
+        for indices in self.input_batches(len(images), n, "captioning"):
+            codes, pixels = self.encode([images[i] for i in indices])
+            prefix = codes.new_tensor(ids).expand(len(indices), -1)
+            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
+                yield [{"picture": data.to_image(x), "caption": self.detokenize(candidate.tokens),
+                        **candidate.record_fields()} for candidate in group[:n]]
 
-    def say(self, candidate):
-        return self.tokenizer.decode(candidate["tokens"].tolist()).strip()
+    # From Python, one input at a time; settings of SampleConfig hold for this call
+
+    def paint(self, prompt, n=1, image=None, **settings):
+        """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
+        run, images = self.with_settings(**settings), [image] if image else None
+        if bool(images) != bool(run.config.keep_rows):
+            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
+        return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
+
+    def caption(self, image, n=1, **settings):
+        """A PIL image -> n captions."""
+        run = self.with_settings(**settings)
+        return [record["caption"] for record in next(run.caption_all([image], n))]
+
+    def score(self, caption, image):
+        """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
+        text, codes = self.tokenize([caption]), self.encode([image])[0]
+        with self.context.autocast():
+            t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
+        return {"t2i": t2i.item(), "i2t": i2t.item()}
 
 
-def told(candidate):
-    """What samples.json tells of a candidate."""
-    return {"seed": candidate["seed"],
-            "scores": {way: round(candidate[way], 3) for way in ("forward", "reverse")}}
-
-
-def progress(items, size, what):
+def progress(items, size, task):
     """Yield chunks of items; every few seconds, print how many are done and how long the others will take."""
     began = shown = time.time()
     for start in range(0, len(items), size):
@@ -283,7 +322,7 @@ def progress(items, size, what):
         if done < len(items) and time.time() - shown > 5:
             shown = time.time()
             left = (shown - began) / done * (len(items) - done)
-            print(f"{what}: {done} of {len(items)}, {left:.0f} s left", flush=True)
+            print(f"{task}: {done} of {len(items)}, {left:.0f} s left", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -294,10 +333,8 @@ def read_prompts(path):
     try:
         with open(path, encoding="utf-8-sig") as f:
             prompts = [line.strip() for line in f if line.strip()]
-    except FileNotFoundError:
-        raise ValueError(f"there is no file of prompts {path}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} is not a text file that can be read ({e})") from None
+        raise ValueError(f"--prompts {path} is not a text file that can be read ({e})") from None
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
@@ -309,116 +346,119 @@ def read_images(run, paths):
     model takes]. A folder's unreadable images are passed over with a warning. Raises ValueError for a file
     that is no image, and for a folder that holds none.
     """
-    found = []
+    files, images = [], []
     for path in paths:
-        folder, before = os.path.isdir(path), len(found)
-        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if folder else [path]
-        for file in files:
-            if folder and os.path.splitext(file)[1].lower() not in Image.registered_extensions():
-                continue
+        is_folder, n_before = os.path.isdir(path), len(images)
+        for file in image_files(path) if is_folder else [path]:
             try:
-                found.append((file, data.to_image(data.crop_to_tensor(data.load_image(file), run.size))))
+                image = data.load_image(file)
             except ValueError as e:
-                if not folder:
+                if not is_folder:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
-        if len(found) == before:
+                continue
+            files.append(file)
+            images.append(data.to_image(data.crop_to_tensor(image, run.image_size)))
+        if len(images) == n_before:
             raise ValueError(f"there is no image in the folder {path}")
-    return [list(part) for part in zip(*found)]
+    return files, images
 
 
-def keep(run, name, groups, columns):
+def image_files(folder):
+    """Paths of the files in a folder whose ending Pillow knows, by name."""
+    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
+            if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+
+
+def save_samples(run, name, groups, columns):
     """
     Write what is made, lists of records that belong together, as it comes: every picture by itself as
     {name}_{i}.png, all on {name}.png (past 64 rows, on {name}_sheet_2.png, ...) with words below, and all
     that is known in samples.json.
     """
-    entries, shown = [], []
-    where = os.path.join(run.save_dir, name)
-
-    def finish_sheet():
-        page = (len(entries) - 1) // (64 * columns) + 1
-        path = f"{where}_sheet_{page}.png" if page > 1 else f"{where}.png"
-        data.contact_sheet([r["picture"] for r in shown], [note(run, r) for r in shown], columns).save(path)
+    records, entries = itertools.chain.from_iterable(groups), []
+    for page in itertools.count(1):
+        sheet = []
+        for record in itertools.islice(records, 64 * columns):
+            file = f"{name}_{len(entries)}.png"
+            path = os.path.join(run.save_dir, file)
+            record["picture"].save(path)
+            sheet.append(record)
+            entries.append({"file": file, **{key: record[key] for key in record if key != "picture"}})
+            print(f"{record.get('image', path)}: {label(run, record)}")
+        if not sheet:
+            return
+        path = os.path.join(run.save_dir, f"{name}_sheet_{page}.png" if page > 1 else f"{name}.png")
+        pictures, labels = [record["picture"] for record in sheet], [label(run, record) for record in sheet]
+        data.contact_sheet(pictures, labels, columns).save(path)
         with open(os.path.join(run.save_dir, "samples.json"), "w", encoding="utf-8") as f:
-            json.dump({"settings": dataclasses.asdict(run.config), "samples": entries}, f, indent=1,
-                      ensure_ascii=False)
+            made = {"settings": dataclasses.asdict(run.config), "samples": entries}
+            json.dump(made, f, indent=1, ensure_ascii=False)
         print(f"wrote {path}")
-        shown.clear()
-
-    for record in (record for group in groups for record in group):
-        path = f"{where}_{len(entries)}.png"
-        record["picture"].save(path)
-        entries.append({"file": os.path.basename(path),
-                        **{k: v for k, v in record.items() if k != "picture"}})
-        shown.append(record)
-        print(f"{record.get('image', path)}: {note(run, record)}")
-        if len(shown) == 64 * columns:
-            finish_sheet()
-    if shown:
-        finish_sheet()
 
 
-def note(run, record):
-    """What stands under a picture: words, and with --rerank the score that put it in its place."""
+def label(run, record):
+    """The words under a picture, and with --rerank the score that put it in its place."""
     words = (f"paint: {record['prompt']}" if "prompt" in record else
              f"it says: {record['caption']}" if "caption" in record else record["image"])
-    ranked = run.config.rerank > 1 and "scores" in record
-    return f"{words} [{run.score(record['scores']):.1f}]" if ranked else words
+    if run.config.rerank > 1 and "scores" in record:
+        return f"{words} [{run.rerank_score(**record['scores']):.1f}]"
+    return words
 
 
-def columns_for(together):
-    """How wide a sheet is on which so many pictures belong together."""
-    return together if 2 <= together <= 16 else 8
+def sheet_columns(group_size):
+    """How wide a sheet is: where it can be, so that each group of pictures is a row."""
+    return group_size if 2 <= group_size <= 16 else 8
 
 
-def show_reconstructions(run, paths, images):
+def save_reconstructions(run, paths, images):
     """The images over what their tokens keep of them."""
     def groups():
-        for some in progress(range(len(images)), 8, "reconstruction"):
-            codes, pixels = run.encode([images[i] for i in some])
-            yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(some, pixels)]
-            yield [{"picture": x, "image": f"{paths[i]}, its tokens"}
-                   for i, x in zip(some, run.decode(codes))]
+        for indices in progress(range(len(images)), 8, "reconstruction"):
+            codes, pixels = run.encode([images[i] for i in indices])
+            yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(indices, pixels)]
+            yield [{"picture": data.to_image(x), "image": f"{paths[i]}, its tokens"}
+                   for i, x in zip(indices, run.decode(codes))]
 
-    keep(run, "reconstructed", groups(), min(8, len(images)))
-
-
-def show_paintings(run, prompts):
-    """n images of each prompt."""
-    keep(run, "painted", run.paint(prompts, run.config.n), columns_for(run.config.n))
+    save_samples(run, "reconstructed", groups(), min(8, len(images)))
 
 
-def show_captions(run, paths, images):
+def save_captions(run, paths, images):
     """n captions of each image."""
     n = min(run.config.n, run.config.beam or run.config.n)
-    said = ([{"image": path, **record} for record in group]
-            for path, group in zip(paths, run.caption(images, n)))
-    keep(run, "captioned", said, columns_for(n))
+    groups = ([{"image": path, **record} for record in group]
+              for path, group in zip(paths, run.caption_all(images, n)))
+    save_samples(run, "captioned", groups, sheet_columns(n))
 
 
-def show_repaintings(run, paths, images):
+def save_repaintings(run, paths, images):
     """Each image, then n more that begin with its first rows: painted by --prompt, or by its captions."""
-    n = run.config.n
-    painted = run.paint([run.config.prompt] * len(images), n, images)
-    if run.config.variations:
-        n = min(n, run.config.beam or n)
-        prompts = [record["caption"] for group in run.caption(images, n) for record in group]
-        one_by_one = run.paint(prompts, 1, [image for image in images for _ in range(n)])
-        painted = ([record for _ in range(n) for record in next(one_by_one)] for _ in images)
+    c, n = run.config, run.config.n
+    if c.keep_rows >= run.image_side:
+        raise ValueError(f"--keep_rows {c.keep_rows} is not in 1 to {run.image_side - 1}, "
+                         f"of {run.image_side} rows of tokens")
+    if c.variations:
+        n = min(n, c.beam or n)
+        prompts = [record["caption"] for group in run.caption_all(images, n) for record in group]
+        repeated = [image for image in images for _ in range(n)]
+        one_by_one = itertools.chain.from_iterable(run.paint_all(prompts, 1, repeated))
+        painted = (list(itertools.islice(one_by_one, n)) for _ in images)
+    else:
+        painted = run.paint_all([c.prompt] * len(images), n, images)
     groups = ([{"picture": image, "image": path}, *group]
               for path, image, group in zip(paths, images, painted))
-    keep(run, "repainted", groups, columns_for(n + 1))
+    save_samples(run, "repainted", groups, sheet_columns(n + 1))
 
 
-def show_both_ways(run, dataset):
-    """Validation items: what is painted over its caption, and each image over what is said of it."""
+def save_both_directions(run, dataset):
+    """Validation items: what is painted of a caption of each, over what is said of its image."""
     items, columns = range(len(dataset)), min(8, len(dataset))
     references = [dataset.captions(i) for i in items]
-    painted = [group[0] for group in run.paint([captions[0] for captions in references])]
-    said = [{"references": captions, **group[0]}
-            for captions, group in zip(references, run.caption([dataset.image(i) for i in items]))]
-    keep(run, "samples", [way[i:i + columns] for i in items[::columns] for way in (painted, said)], columns)
+    painted = [group[0] for group in run.paint_all([captions[0] for captions in references])]
+    captioned = [{"references": captions, **group[0]}
+                 for captions, group in zip(references, run.caption_all([dataset.image(i) for i in items]))]
+    rows = [records[i:i + columns] for i in items[::columns] for records in (painted, captioned)]
+    save_samples(run, "samples", rows, columns)
 
 
 # -----------------------------------------------------------------------------
@@ -457,8 +497,8 @@ FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
              "pt_inception-2015-12-05-6726825d.pth"))
 
 
-class OtherPool(nn.Module):
-    """A block of torchvision's Inception, the last branch of which pools otherwise."""
+class WithPool(nn.Module):
+    """A block of torchvision's Inception with another pooling in its last branch."""
 
     def __init__(self, block, pool):
         super().__init__()
@@ -486,16 +526,19 @@ class FIDInception(nn.Module):
         for name, block in list(net.named_children()):
             if hasattr(block, "branch_pool"):
                 average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-                setattr(net, name, OtherPool(block, nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else average))
+                setattr(net, name, WithPool(block, nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else average))
         net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False)
 
     @torch.no_grad()
     def forward(self, pictures):
-        x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
-        x = x.to(next(self.parameters()).device).float() / 255
-        x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
-        return self.net(2 * x - 1).cpu()
+        features, device = [], next(self.parameters()).device
+        for i in range(0, len(pictures), 50):
+            x = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures[i:i + 50]]))
+            x = x.to(device).permute(0, 3, 1, 2).float() / 255  # (B, 3, H, W)
+            x = F.interpolate(x, size=(299, 299), mode="bilinear", align_corners=False)
+            features.append(self.net(2 * x - 1).cpu())
+        return torch.cat(features)
 
 
 def frechet_distance(x, y):
@@ -539,126 +582,123 @@ def ngrams(words):
     return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
 
 
-def bleu(said, references):
+def bleu(captions, references):
     """
-    Corpus BLEU-1 ... BLEU-4. said: a list of captions, each a list of words; references: for each a list of
-    such captions. A caption's reference length is that of the reference nearest in length.
+    Corpus BLEU-1 ... BLEU-4. captions: each a list of words; references: for each caption a list of such
+    lists. A caption's reference length is that of the reference nearest in length.
     """
-    right, possible, length, reference_length = [0] * 4, [0] * 4, 0, 0
-    for words, others in zip(said, references):
-        most = Counter()
+    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    for words, others in zip(captions, references):
+        allowed = Counter()  # an n-gram counts as often as the reference that has most of it
         for other in others:
-            most |= ngrams(other)
-        for gram, count in (ngrams(words) & most).items():
-            right[len(gram) - 1] += count
+            allowed |= ngrams(other)
+        for gram, count in (ngrams(words) & allowed).items():
+            matched[len(gram) - 1] += count
         for n in range(4):
-            possible[n] += max(0, len(words) - n)
+            total[n] += max(0, len(words) - n)
         length += len(words)
         reference_length += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
     brevity = math.exp(min(0, 1 - (reference_length + 1e-9) / (length + 1e-15)))
-    logs = [math.log((r + 1e-15) / (p + 1e-9)) for r, p in zip(right, possible)]
+    logs = [math.log((m + 1e-15) / (t + 1e-9)) for m, t in zip(matched, total)]
     return [brevity * math.exp(sum(logs[:n]) / n) for n in range(1, 5)]
 
 
-def rouge_l(said, references):
-    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
-    def common(a, b):
-        best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
-        for word in a:
-            diagonal = 0
-            for j, other in enumerate(b):
-                longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
-                diagonal, best[j + 1] = best[j + 1], longest
-        return best[-1]
+def common_length(a, b):
+    """Length of the longest common subsequence of two lists of words."""
+    best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
+    for word in a:
+        diagonal = 0
+        for j, other in enumerate(b):
+            longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
+            diagonal, best[j + 1] = best[j + 1], longest
+    return best[-1]
 
+
+def rouge_l(captions, references):
+    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
     total = 0.0
-    for words, others in zip(said, references):
+    for words, others in zip(captions, references):
         words, others = words or [""], [other or [""] for other in others]
-        lengths = [common(words, other) for other in others]
+        lengths = [common_length(words, other) for other in others]
         precision = max(lengths) / len(words)
         recall = max(n / len(other) for n, other in zip(lengths, others))
         if precision and recall:
             total += (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
-    return total / len(said)
+    return total / len(captions)
 
 
-def cider_d(said, references):
+def cider_d(captions, references):
     """
     CIDEr-D, 0 to 10; lists of words as for bleu(). Document frequencies are those of these references, so the
     score is of the set as a whole, and 0 for a single image.
     """
     documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
 
-    def weigh(words):  # tf-idf of every n-gram, a dict for each n
+    def tf_idf(words):
+        """-> {n-gram: weight} for each n of 1 to 4, and the norms of these four vectors."""
         vectors = [{} for _ in range(4)]
         for gram, count in ngrams(words).items():
-            vectors[len(gram) - 1][gram] = count * (math.log(len(said)) - math.log(max(1, documents[gram])))
+            idf = math.log(len(captions)) - math.log(max(1, documents[gram]))
+            vectors[len(gram) - 1][gram] = count * idf
         return vectors, [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
 
     total = 0.0
-    for words, others in zip(said, references):
-        ours, our_norms = weigh(words)
+    for words, others in zip(captions, references):
+        x, x_norms = tf_idf(words)
         for other in others:
-            theirs, their_norms = weigh(other)
+            y, y_norms = tf_idf(other)
             # the reference package counts bigrams, so an empty caption is as long as one word
             penalty = math.exp(-(max(0, len(words) - 1) - max(0, len(other) - 1)) ** 2 / (2 * 6.0 ** 2))
-            for mine, yours, a, b in zip(ours, theirs, our_norms, their_norms):
-                product = sum(min(v, yours[gram]) * yours[gram] for gram, v in mine.items() if gram in yours)
-                total += 10 / 4 * penalty * product / (a * b or 1) / len(others)
-    return total / len(said)
+            for n in range(4):
+                product = sum(min(v, y[n][gram]) * y[n][gram] for gram, v in x[n].items() if gram in y[n])
+                total += 10 / 4 * penalty * product / (x_norms[n] * y_norms[n] or 1) / len(others)
+    return total / len(captions)
 
 
-def caption_scores(said, references):
+def caption_scores(captions, references):
     """Captions, and for each a list of right ones -> {"bleu1", ... "bleu4", "rouge_l", "cider_d"}."""
-    said = [caption_words(c) for c in said]
-    references = [[caption_words(c) for c in others] for others in references]
-    return {**{f"bleu{n}": value for n, value in enumerate(bleu(said, references), 1)},
-            "rouge_l": rouge_l(said, references), "cider_d": cider_d(said, references)}
+    captions = [caption_words(caption) for caption in captions]
+    references = [[caption_words(other) for other in others] for others in references]
+    return {**{f"bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
+            "rouge_l": rouge_l(captions, references), "cider_d": cider_d(captions, references)}
 
 
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def metric_weights(run, flag, file):
-    """Path of weights: named by --flag, cached or, with --download, fetched; else None, and says so."""
-    path = augvae.find_weights(flag, getattr(run.config, flag), *file, run.config.download)
-    if not path:
-        print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
-              "what needs it is left out")
-    return path
+def load_metric(run, network, files):
+    """
+    A metric's network, or None, with a line that says so, where its weights are not at hand. `files` has
+    {flag: name, hash and address}: named by --flag, in torch hub's cache or, with --download, fetched.
+    """
+    c, paths = run.config, []
+    for flag, file in files.items():
+        paths.append(augvae.find_weights(flag, getattr(c, flag), *file, c.download))
+        if not paths[-1]:
+            print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
+                  "what needs it is left out")
+    return network(*paths).to(run.context.device) if all(paths) else None
 
 
-def find_inception(run):
-    """FIDInception, or None where its weights are not at hand."""
-    path = metric_weights(run, "fid_weights", FID_FILE)
-    return path and FIDInception(path).to(run.context.device)
-
-
-def find_lpips(run):
-    """LPIPS, a module of two batches in [-1, 1] -> (B,), or None where its weights are not at hand."""
-    paths = [metric_weights(run, flag, file) for flag, file in (("vgg_weights", augvae.VGG_FILE),
-                                                              ("lpips_weights", augvae.LPIPS_FILE))]
-    return augvae.LPIPS(*paths).to(run.context.device) if all(paths) else None
-
-
-def score(run, val, heldout):
+def evaluate(run, val, heldout):
     """
     -> the scores of all of these, by name; those of `heldout`, the built-in scenes' split of things never
     seen (or None), with "_heldout" behind their names. See the functions below.
     """
-    inception = find_inception(run)
-    scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val)}
-    for suffix, dataset in (("", val), ("_heldout", heldout)):
-        if dataset:
-            found = generation_scores(run, dataset, heldout is not None, inception)
-            scores.update({name + suffix: value for name, value in found.items()})
+    inception = load_metric(run, FIDInception, {"fid_weights": FID_FILE})
+    is_scenes = heldout is not None
+    scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
+              **generation_scores(run, val, is_scenes, inception)}
+    if is_scenes:
+        unseen = generation_scores(run, heldout, is_scenes, inception)
+        scores.update({f"{name}_heldout": value for name, value in unseen.items()})
     return scores
 
 
-def prompts_of(dataset):
+def one_caption_each(dataset):
     """One caption an item; which one changes from item to item."""
-    return [captions[i % len(captions)]
-            for i, captions in enumerate(map(dataset.captions, range(len(dataset))))]
+    captions = [dataset.captions(i) for i in range(len(dataset))]
+    return [choices[i % len(choices)] for i, choices in enumerate(captions)]
 
 
 def reconstruction_scores(run, val, inception=None):
@@ -666,24 +706,27 @@ def reconstruction_scores(run, val, inception=None):
     -> {"psnr" (dB), "ssim", "l1" (of 0 to 1)}, "lpips" and "rfid" where there are weights, means over images;
     "codebook_use", the share of codes in use, and their "perplexity".
     """
-    metrics, lpips = {"psnr": psnr, "ssim": ssim, "l1": l1}, find_lpips(run)
+    metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    lpips = load_metric(run, augvae.LPIPS, {"vgg_weights": augvae.VGG_FILE,
+                                            "lpips_weights": augvae.LPIPS_FILE})
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     values, features = {name: [] for name in metrics}, ([], [])
     counts = torch.zeros(run.vae.config.codebook_size)
-    for items in progress(range(len(val)), 50, "reconstruction"):
-        codes, pixels = run.encode([val.image(i) for i in items])
-        again = run.pixels(codes)
+    for indices in progress(range(len(val)), 50, "reconstruction"):
+        codes, originals = run.encode([val.image(i) for i in indices])
+        reconstructed = run.decode(codes)
         for name, metric in metrics.items():
-            values[name] += metric((pixels + 1) / 2, (again + 1) / 2).tolist()
+            values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         if inception:
-            for some, x in zip(features, (pixels, again)):
-                some.append(inception([data.to_image(image) for image in x]))
-    scores = {name: sum(some) / len(some) for name, some in values.items()}
+            for parts, pixels in zip(features, (originals, reconstructed)):
+                parts.append(inception([data.to_image(x) for x in pixels]))
+    scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
         scores["rfid"] = frechet_distance(*map(torch.cat, features))
-    return {**scores, **dict(zip(("codebook_use", "perplexity"), codebook_use(counts)))}
+    scores["codebook_use"], scores["perplexity"] = codebook_use(counts)
+    return scores
 
 
 def likelihood_scores(run, val):
@@ -693,68 +736,72 @@ def likelihood_scores(run, val):
     one or five that explain the text best, by log p(text | image) (t2i), and the right text among those that
     explain the image best (i2t).
     """
-    prompts, sides = prompts_of(val), {"text": [], "image": []}
-    for items in progress(range(len(val)), 50, "encoding"):
-        sides["text"].append(run.tokenize([prompts[i] for i in items]))
-        sides["image"].append(run.encode([val.image(i) for i in items])[0])
-    sides = {modality: torch.cat(parts) for modality, parts in sides.items()}
-    scores, n = {}, min(run.config.eval_pairs, len(val))
-    for way, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
+    captions, text, image = one_caption_each(val), [], []
+    for indices in progress(range(len(val)), 50, "encoding"):
+        text.append(run.tokenize([captions[i] for i in indices]))
+        image.append(run.encode([val.image(i) for i in indices])[0])
+    sides, scores = {"text": torch.cat(text), "image": torch.cat(image)}, {}
+    for direction, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
         with run.context.autocast():
-            log_p, count = run.biart.log_likelihood(**sides, to=answer)
-            scores[f"{way}_bits"] = -log_p.sum().item() / math.log(2) / count.sum().item()
-            ranks = []
-            for items in progress(range(n), 16, f"{way} retrieval"):
-                for i in items:
-                    pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
-                    explained, _ = run.biart.log_likelihood(**pairs, to=query)
-                    ranks.append((explained > explained[i]).sum().item())
-        scores.update({f"{way}_recall{k}": share(rank < k for rank in ranks) for k in (1, 5)})
+            log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
+        scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
+        ranks = retrieval_ranks(run, sides, query, answer)
+        scores.update({f"{direction}_recall{k}": fmean(rank < k for rank in ranks) for k in (1, 5)})
     return scores
 
 
-def share(truths):
-    """The share of some booleans that is true."""
-    truths = list(truths)
-    return sum(truths) / len(truths)
+def retrieval_ranks(run, sides, query, answer):
+    """For each of --eval_pairs queries: how many answers explain it better than its own does."""
+    n, ranks = min(run.config.eval_pairs, len(sides[query])), []
+    for indices in progress(range(n), 16, f"retrieval of {answer}"):
+        for i in indices:
+            pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
+            with run.context.autocast():
+                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
+            ranks.append((log_p > log_p[i]).sum().item())
+    return ranks
 
 
-def generation_scores(run, dataset, oracle, inception=None):
+def generation_scores(run, dataset, is_scenes, inception=None):
     """
     One picture painted of one caption an item, one caption given to its image ->
-    "t2i_exact", "i2t_exact": with an oracle, the shares that have all attributes and the relation right;
+    "t2i_exact", "i2t_exact": of built-in scenes, the shares that have all attributes and the relation right;
     "bleu1" ... "bleu4", "rouge_l", "cider_d" of the captions, against all that the item has;
     "fid" of the paintings, where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
-    choose = {"": lambda group: min(group, key=lambda candidate: candidate["order"])}
+    pick = {"": lambda group: min(group, key=lambda candidate: candidate.order)}
     if run.config.rerank > 1:
-        choose["_rerank"] = lambda group: group[0]
-    prompts, references = prompts_of(dataset), [dataset.captions(i) for i in range(len(dataset))]
-    painted, said, originals = {way: [] for way in choose}, {way: [] for way in choose}, []
-    for items in run.inputs(1, len(dataset), "painting and captioning"):
-        codes, pixels = run.encode([dataset.image(i) for i in items])
-        images = run.candidates(run.tokenize([prompts[i] for i in items]), "image", first=items[0])
-        texts = run.candidates(codes, "text", first=items[0])
+        pick["_rerank"] = lambda group: group[0]
+    prompts, references = one_caption_each(dataset), [dataset.captions(i) for i in range(len(dataset))]
+    originals = []
+    painted, captions = {suffix: [] for suffix in pick}, {suffix: [] for suffix in pick}
+    for indices in run.input_batches(len(dataset), 1, "painting and captioning"):
+        codes, pixels = run.encode([dataset.image(i) for i in indices])
         originals += [data.to_image(x) for x in pixels]
-        for way, pick in choose.items():
-            painted[way] += run.decode(torch.stack([pick(group)["tokens"] for group in images]))
-            said[way] += [run.say(pick(group)) for group in texts]
+        text = run.tokenize([prompts[i] for i in indices])
+        image_groups = run.candidates(text, "image", indices=indices)
+        text_groups = run.candidates(codes, "text", indices=indices)
+        for suffix, choose in pick.items():
+            chosen = torch.stack([choose(group).tokens for group in image_groups])
+            painted[suffix] += [data.to_image(x) for x in run.decode(chosen)]
+            captions[suffix] += [run.detokenize(choose(group).tokens) for group in text_groups]
     scores = {}
-    for way in choose:
-        found = caption_scores(said[way], references)
-        if oracle:
-            truth = [data.parse_caption(captions[0]) for captions in references]
-            found["t2i_exact"] = share(data.read_scene(image) == fact
-                                       for image, fact in zip(painted[way], truth))
-            found["i2t_exact"] = share(data.parse_caption(text) == fact
-                                       for text, fact in zip(said[way], truth))
+    for suffix in pick:
+        found = caption_scores(captions[suffix], references)
+        if is_scenes:
+            found.update(exact_scores(painted[suffix], captions[suffix], references))
         if inception:
-            features = (torch.cat([inception(images[i:i + 50]) for i in range(0, len(images), 50)])
-                        for images in (originals, painted[way]))
-            found["fid"] = frechet_distance(*features)
-        scores.update({name + way: value for name, value in found.items()})
+            found["fid"] = frechet_distance(inception(originals), inception(painted[suffix]))
+        scores.update({name + suffix: value for name, value in found.items()})
     return scores
+
+
+def exact_scores(pictures, captions, references):
+    """-> {"t2i_exact", "i2t_exact"}: the shares of scenes that say what the first reference says."""
+    facts = [data.parse_caption(others[0]) for others in references]
+    return {"t2i_exact": fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts)),
+            "i2t_exact": fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))}
 
 
 # -----------------------------------------------------------------------------
@@ -770,50 +817,53 @@ img {{max-width: 100%}} figure {{margin: 0 0 1em}} .grid {{display: flex; flex-w
 """
 
 
+def html_figure(path, *lines):
+    """A PNG file, and lines of text below."""
+    with open(path, "rb") as f:
+        picture = base64.b64encode(f.read()).decode()
+    text = "<br>".join(map(html.escape, lines))
+    return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
+            f'<figcaption>{text}</figcaption></figure>')
+
+
+def html_table(rows):
+    """A dict as a table of two columns."""
+    cells = (f"<tr><td>{html.escape(str(name))}<td>{html.escape(str(value))}" for name, value in rows.items())
+    return f"<table>{''.join(cells)}</table>"
+
+
+def stage_pictures(run, stage):
+    """Paths of a stage's loss curve and of up to four of its grids of pictures, first and last among them."""
+    stem = os.path.join(run.config.out_dir, stage)
+    grids = sorted(glob.glob(f"{glob.escape(stem)}_[0-9]*.png"), key=lambda path: (len(path), path))
+    chosen = sorted({i * (len(grids) - 1) // 3 for i in range(4)}) if grids else []
+    return [*glob.glob(f"{glob.escape(stem)}_loss.png"), *(grids[i] for i in chosen)]
+
+
 def write_page(run):
     """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
-    def figure(path, *lines):
-        with open(path, "rb") as f:
-            picture = base64.b64encode(f.read()).decode()
-        text = "<br>".join(map(html.escape, lines))
-        return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
-                f'<figcaption>{text}</figcaption></figure>')
-
-    def table(rows):
-        cells = (f"<tr><td>{html.escape(str(name))}<td>{html.escape(str(value))}"
-                 for name, value in rows.items())
-        return f"<table>{''.join(cells)}</table>"
-
-    def about(entry):
-        yield note(run, entry)
-        if entry.get("seed") is not None:
-            yield f"seed {entry['seed']}"
-        for way, value in entry.get("scores", {}).items():
-            yield f"{way} log p {value}"
-        for caption in entry.get("references", []):
-            yield f"given: {caption}"
-
-    parts = []
+    parts, about = [], ("seed", "scores", "references")
     for name in ("scores", "samples"):
         path = os.path.join(run.save_dir, f"{name}.json")
-        if os.path.exists(path):
-            with open(path, encoding="utf-8") as f:
-                made = json.load(f)
-            body = table(made["scores"]) if name == "scores" else '<div class="grid">' + "".join(
-                figure(os.path.join(run.save_dir, entry["file"]), *about(entry))
-                for entry in made["samples"]) + "</div>"
-            parts += [f"<h2>{name}</h2>", body]
-            parts.append(f"<details><summary>settings</summary>{table(made['settings'])}</details>")
+        if not os.path.exists(path):
+            continue
+        with open(path, encoding="utf-8") as f:
+            made = json.load(f)
+        if name == "scores":
+            body = html_table(made["scores"])
+        else:
+            figures = [html_figure(os.path.join(run.save_dir, entry["file"]), label(run, entry),
+                                   *(f"{key}: {entry[key]}" for key in about if key in entry))
+                       for entry in made["samples"]]
+            body = f'<div class="grid">{"".join(figures)}</div>'
+        parts += [f"<h2>{name}</h2>", body,
+                  f"<details><summary>settings</summary>{html_table(made['settings'])}</details>"]
     for stage in STAGES:
-        stem = os.path.join(run.config.out_dir, stage)
-        grids = sorted(glob.glob(f"{glob.escape(stem)}_[0-9]*.png"), key=lambda path: (len(path), path))
-        some = [grids[i] for i in sorted({i * (len(grids) - 1) // 3 for i in range(4)})] if grids else []
-        curve = [path for path in [f"{stem}_loss.png"] if os.path.exists(path)]
-        if some or curve:
-            parts += [f"<h2>{stage}</h2>", *(figure(path, os.path.basename(path)) for path in curve + some)]
+        figures = [html_figure(path, os.path.basename(path)) for path in stage_pictures(run, stage)]
+        parts += [f"<h2>{stage}</h2>", *figures] if figures else []
     path = os.path.join(run.save_dir, "page.html")
+    title = html.escape(os.path.basename(os.path.abspath(run.config.out_dir)))
     with open(path, "w", encoding="utf-8") as f:
-        title = html.escape(os.path.basename(os.path.abspath(run.config.out_dir)))
         f.write(PAGE.format(name=title, body="\n".join(parts)))
     print(f"wrote {path}")
 
@@ -825,7 +875,8 @@ def write_page(run):
 def bench(config, rounds=3):
     """
     Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at
-    batch 1 and 8; a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
+    batch 1 and 8, token by token and with the default window (weights are random, so that no guess is right:
+    the worst case); a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
     """
     context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
     torch.manual_seed(0)
@@ -834,18 +885,18 @@ def bench(config, rounds=3):
                     .to(context.device, context.dtype) for side in (16, 32))
     text = torch.randint(0, short.config.end_token, (8, 64), device=context.device)
 
-    def seconds(model, batch, left=None, **settings):
+    def seconds(model, batch, left=None, window=1, **settings):
         """Of painting all tokens, or the last `left`."""
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
-        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
-                 for _ in range(rounds + 1)]
-        return statistics.median(times[1:])
+        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, window=window,
+                                                       **settings)) for _ in range(rounds + 1)]
+        return median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
     memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
     bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
-    measured = {"tokens_per_s": {}, "share_of_floor": {}}
+    measured = {"tokens_per_s": {}, "tokens_per_s_window": {}, "share_of_floor": {}}
     for batch in (1, 8):
         taken = seconds(short, batch)
         # keys and values of 64 to 320 tokens
@@ -853,7 +904,11 @@ def bench(config, rounds=3):
         floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
         measured["tokens_per_s"][str(batch)] = batch * 256 / taken
         measured["share_of_floor"][str(batch)] = floor / taken
+        window = default_window(batch)
+        windowed = batch * 256 / seconds(short, batch, window=window)
+        measured["tokens_per_s_window"][str(batch)] = windowed
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
+              f"{windowed:.1f} with window {window}, "
               f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows",
               flush=True)
         if batch == 1:
@@ -869,11 +924,60 @@ def bench(config, rounds=3):
 
 
 # -----------------------------------------------------------------------------
+# The command line
+
+def check_uses(config, given):
+    """Raises ValueError, a sentence, for settings that do not go together."""
+    c = config
+    for name, what in (("prompt", "a caption"), ("prompts", "a file"), ("image", "an image file"),
+                       ("prefix", "words")):
+        if name in given and not "".join(given[name]).strip():
+            raise ValueError(f"--{name} is empty: give it {what}")
+    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
+    sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
+    mistakes = [
+        (len(uses) > 1 and uses != ["--prompt", "--image"],
+         f"{' and '.join(uses)} are different uses: choose one"),
+        (c.prompt and c.image and not c.keep_rows,
+         "--prompt with --image completes the image: say with --keep_rows how many rows to keep"),
+        *((getattr(c, name) and not c.image, f"--{name} needs --image")
+          for name in ("keep_rows", "variations", "prefix")),
+        (c.keep_rows and not (c.prompt or c.variations),
+         "--keep_rows needs --prompt or --variations, by which the other rows are painted"),
+        (c.variations and c.prompt, "--variations paints what the image's captions say: give it no --prompt"),
+        (c.prefix and c.prompt, "--prefix begins a caption of --image: it does not go with --prompt"),
+        (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
+        (c.beam and c.rerank > 1,
+         f"--beam {c.beam} and --rerank {c.rerank} both choose captions: leave one out"),
+        (c.beam and c.image and not c.variations and sampling,
+         f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
+    for made, sentence in mistakes:
+        if made:
+            raise ValueError(sentence)
+
+
+def open_validation(run, given):
+    """The run's validation data, or what is given, and, of built-in scenes, those of things never seen."""
+    config, = configure({**run.settings, **given}, "biart", DataConfig)
+    val = data.open_data(config, "val")
+    if not val.captioned:
+        raise ValueError(f"--data {config.data} has no captions to paint: name captioned data")
+    return val, data.open_data(config, "heldout") if config.data == "scenes" else None
+
+
+def save_scores(run, val, heldout):
+    """Score on --eval_items of each data set -> scores, which scores.json gets, too."""
+    parts = [part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout)]
+    scores = {name: round(value, 4) for name, value in evaluate(run, *parts).items()}
+    with open(os.path.join(run.save_dir, "scores.json"), "w", encoding="utf-8") as f:
+        json.dump({"settings": dataclasses.asdict(run.config), "scores": scores}, f, indent=1)
+    return scores
+
 
 def main(argv):
     given = Parser((SampleConfig, DataConfig), {}, description=__doc__).settings(argv)
-    config = configure(given, "", SampleConfig)[0]
-    check(config, given)
+    config, = configure(given, "", SampleConfig)
+    check_uses(config, given)
     if config.bench:
         measured = bench(config)
         if config.json:
@@ -881,27 +985,21 @@ def main(argv):
         return
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
     run, scores = Run(config), None
+    os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
-        show_reconstructions(run, *read_images(run, config.reconstruct))
+        save_reconstructions(run, *read_images(run, config.reconstruct))
     elif config.image:
-        show = show_repaintings if config.prompt or config.variations else show_captions
-        show(run.load_biart(), *read_images(run, config.image))
+        save = save_repaintings if config.prompt or config.variations else save_captions
+        save(run.load_biart(), *read_images(run, config.image))
     elif config.prompt or config.prompts:
-        show_paintings(run.load_biart(), prompts)
+        groups = run.load_biart().paint_all(prompts, config.n)
+        save_samples(run, "painted", groups, sheet_columns(config.n))
     else:
-        run.load_biart()
-        data_config = configure({**run.settings, **given}, "biart", DataConfig)[0]
-        val = data.open_data(data_config, "val")
-        if not val.captioned:
-            raise ValueError(f"--data {data_config.data} has no captions to paint: name captioned data")
+        val, heldout = open_validation(run.load_biart(), given)
         if config.eval:
-            heldout = data.open_data(data_config, "heldout") if data_config.data == "scenes" else None
-            some = [data.validation_subset(part, config.eval_items) if part else None for part in (val, heldout)]
-            scores = {name: round(value, 4) for name, value in score(run, *some).items()}
-            with open(os.path.join(run.save_dir, "scores.json"), "w", encoding="utf-8") as f:
-                json.dump({"settings": dataclasses.asdict(config), "scores": scores}, f, indent=1)
+            scores = save_scores(run, val, heldout)
         else:
-            show_both_ways(run, data.validation_subset(val, config.n))
+            save_both_directions(run, data.validation_subset(val, config.n))
     if config.html:
         write_page(run)
     if scores:

@@ -11,6 +11,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import doctest
 import gzip
 import hashlib
 import importlib.util
@@ -2474,6 +2475,12 @@ def finished(tmp_path_factory):
     return out, printed
 
 
+@pytest.fixture
+def copied_run(finished, tmp_path):
+    """A copy of the miniature run, to be changed."""
+    return shutil.copytree(finished[0], tmp_path / "out")
+
+
 def test_train_all_leaves_a_whole_run(finished):
     out, printed = finished
     for stage in train.STAGES:
@@ -2492,6 +2499,13 @@ def test_train_all_leaves_a_whole_run(finished):
     assert not [name for name in os.listdir(out) if name.endswith((".part", ".tmp"))]
 
 
+@pytest.fixture(scope="module")
+def loaded(finished):
+    """The miniature run as Python has it."""
+    return sample_module.load(str(finished[0]))
+
+
+@pytest.mark.slow
 def test_sample_every_way(finished, tmp_path, capfd):
     out, _ = finished
     pictures = tmp_path / "pictures"
@@ -2542,70 +2556,112 @@ def test_sample_every_way(finished, tmp_path, capfd):
     assert sorted(os.listdir(where)) == ["painted.png", "painted_0.png", "samples.json"]
 
 
-def test_a_recorded_seed_makes_the_sample_again(finished, tmp_path):
+def test_a_recorded_seed_makes_the_sample_again(loaded):
     prompts = ["a small red circle above a large blue square", "two crosses", "a large black cross"]
     images = [data.Scenes("val", 3).image(i) for i in range(3)]
 
     def same(a, b):  # but for the rounding of sums, which depends on the batch
         return np.abs(np.asarray(a["picture"], int) - np.asarray(b["picture"], int)).max() <= 1
 
-    def made(**settings):
-        settings = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), **settings)
-        return sample_module.Run(settings).load_biart()
-
-    whole = made()
-    painted, said = list(whole.paint(prompts, 3)), list(whole.caption(images, 3))
+    painted, captioned = list(loaded.paint_all(prompts, 3)), list(loaded.caption_all(images, 3))
     for size in (1, 4):  # in other batches
-        again = made(batch_size=size)
-        for group, others in zip(painted, again.paint(prompts, 3)):
+        again = loaded.with_settings(batch_size=size)
+        for group, others in zip(painted, again.paint_all(prompts, 3)):
             assert all(map(same, group, others))
-        for group, others in zip(said, again.caption(images, 3)):
+        for group, others in zip(captioned, again.caption_all(images, 3)):
             assert [record["caption"] for record in group] == [record["caption"] for record in others]
     record = painted[2][1]
-    alone = next(made(seed=record["seed"]).paint(prompts[2:]))[0]
+    alone = next(loaded.with_settings(seed=record["seed"]).paint_all(prompts[2:]))[0]
     assert same(record, alone) and record["scores"] == pytest.approx(alone["scores"], abs=2e-3)
     assert not same(record, painted[2][0])
-    record = said[1][2]
-    assert record["caption"] == next(made(seed=record["seed"]).caption(images[1:2]))[0]["caption"]
+    record = captioned[1][2]
+    assert record["caption"] == next(loaded.with_settings(seed=record["seed"]).caption_all(images[1:2]))[0]["caption"]
 
 
-def test_reranking_orders_by_the_reverse_direction(finished, tmp_path):
+def test_reranking_orders_by_the_reverse_direction(loaded):
     for share in (0.0, 0.25, 1.0):
-        config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), rerank=6,
-                                            rerank_forward=share)
-        used = sample_module.Run(config).load_biart()
+        used = loaded.with_settings(rerank=6, rerank_forward=share)
         text = used.tokenize(["a small red circle above a large blue square", "two crosses"])
         for i, group in enumerate(used.candidates(text, "image")):
-            assert sorted(c["order"] for c in group) == list(range(6))
-            assert len({c["seed"] for c in group}) == 6
+            assert sorted(c.order for c in group) == list(range(6))
+            assert len({c.seed for c in group}) == 6
             expected = []
             for c in group:
-                sides = text[i:i + 1], c["tokens"][None]
+                sides = text[i:i + 1], c.tokens[None]
                 forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item()
                                     for to in ("image", "text"))
-                assert (forward, reverse) == pytest.approx((c["forward"], c["reverse"]), abs=1e-3)
+                assert (forward, reverse) == pytest.approx((c.forward, c.reverse), abs=1e-3)
                 expected.append(share * forward + (1 - share) * reverse)
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 
 
-def test_completion_keeps_rows_and_words(finished, tmp_path):
-    config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), keep_rows=5,
-                                        prefix="the large")
-    used = sample_module.Run(config).load_biart()
+def test_the_window_is_chosen_by_rows_and_changes_no_sample(loaded, monkeypatch):
+    generate, windows = BiART.generate, []
+    monkeypatch.setattr(BiART, "generate", lambda *args, window, **kwargs: (
+        windows.append(window), generate(*args, window=window, **kwargs))[1])
+    monkeypatch.setattr(sample_module, "WINDOWS", {2: 5, 6: 3})
+    sides = {"image": loaded.tokenize(["a cross", "two crosses"]),
+             "text": loaded.encode([data.Scenes("val", 2).image(i) for i in range(2)])[0]}
+    for n, given, expected in ((1, 0, 5), (3, 0, 3), (4, 0, 1), (3, 7, 7)):
+        for to, ref in sides.items():
+            groups, others = (loaded.with_settings(window=window).candidates(ref, to, n) for window in (given, 1))
+            assert windows[-2:] == [expected, 1]
+            for group, other in zip(groups, others):
+                assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(group, other))
+
+
+def test_completion_keeps_rows_and_words(loaded):
+    used = loaded.with_settings(keep_rows=5, prefix="the large")
     images = [data.Scenes("val", 2).image(i) for i in range(2)]
     codes, _ = used.encode(images)
-    painted = list(used.paint(["a cross", "a circle"], 2, images))
+    painted = list(used.paint_all(["a cross", "a circle"], 2, images))
     text = used.tokenize(["a cross", "a circle"])
-    for i, group in enumerate(used.candidates(text, "image", 2, 0, codes[:, :40])):
-        tokens = torch.stack([candidate["tokens"] for candidate in group])
+    for i, group in enumerate(used.candidates(text, "image", 2, prefix=codes[:, :40])):
+        tokens = torch.stack([candidate.tokens for candidate in group])
         assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1))
         assert not torch.equal(tokens[:, 40:], codes[i, 40:])
-        for picture, record in zip(used.decode(tokens), painted[i]):
-            assert np.array_equal(picture, record["picture"])
+        for x, record in zip(used.decode(tokens), painted[i]):
+            assert np.array_equal(data.to_image(x), record["picture"])
     assert all(record["caption"].startswith("the large")
-               for group in used.caption(images, 4) for record in group)
+               for group in used.caption_all(images, 4) for record in group)
 
 
+def test_a_run_from_python(loaded, finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(finished[0].parent)  # where the run is `out`
+    lines = doctest.DocTestParser().get_examples(sample_module.load.__doc__)
+    names = {"load": sample_module.load}
+    for line in lines:
+        exec(line.source, names)
+    assert len(lines) == 5 and len(names["pictures"]) == 4 and len(names["completed"]) == 1
+    assert len(names["captions"]) == 2 and names["captions"][0].startswith("there is")
+    # the same samples as from the command line
+    arguments = ["--n=3", "--seed=5", "--rerank=4", "--save_dir", str(tmp_path)]
+    sample_module.main([*arguments, "--prompt", "a cross"])
+    pictures = loaded.paint("a cross", n=3, seed=5, rerank=4)
+    for i, picture in enumerate(pictures):
+        assert np.array_equal(picture, Image.open(tmp_path / f"painted_{i}.png"))
+    sample_module.main([*arguments, "--image", str(tmp_path / "painted_0.png")])
+    entries = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))["samples"]
+    captions = loaded.caption(pictures[0], n=3, seed=5, rerank=4)
+    assert captions == [entry["caption"] for entry in entries]
+    # the scores by which re-ranking goes, of images of any size and mode
+    image = pictures[0].convert("P").resize((90, 70))
+    text, codes = loaded.tokenize(["two crosses"]), loaded.encode([image])[0]
+    for direction, to in (("t2i", "image"), ("i2t", "text")):
+        expected = loaded.biart.log_likelihood(text, codes, to)[0].item()
+        assert loaded.score("two crosses", image)[direction] == pytest.approx(expected, rel=1e-5)
+    assert loaded.config == sample_module.SampleConfig(out_dir=str(finished[0]))  # settings of a call stay in it
+    with pytest.raises(TypeError, match="temprature"):
+        loaded.paint("a cross", temprature=1)
+    with pytest.raises(ValueError, match=r"--top_p 0 is not in \(0, 1\]"):
+        loaded.paint("a cross", top_p=0)
+    with pytest.raises(ValueError, match="keep_rows.* go together"):
+        loaded.paint("a cross", image=image)
+    with pytest.raises(ValueError, match="no checkpoint absent"):
+        sample_module.load("absent")
+
+
+@pytest.mark.slow
 def test_scores_of_a_run(finished, tmp_path):
     out, _ = finished
     printed = python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--eval", "--eval_items", 4,
@@ -2630,10 +2686,8 @@ def test_scores_of_a_run(finished, tmp_path):
         assert word not in page, word
 
 
-def test_retrieval_against_brute_force(finished, tmp_path):
-    config = sample_module.SampleConfig(out_dir=str(finished[0]), save_dir=str(tmp_path), eval_pairs=7)
-    used = sample_module.Run(config)
-    used.load_biart()
+def test_retrieval_against_brute_force(loaded):
+    used = loaded.with_settings(eval_pairs=7)
     some = data.validation_subset(data.Scenes("val", 50), 9)
     scores = sample_module.likelihood_scores(used, some)
     text = used.tokenize([some.captions(i)[i % 6] for i in range(9)])
@@ -2759,17 +2813,15 @@ def test_caption_words_by_the_coco_convention(caption, words):
     assert sample_module.caption_words(caption) == words.split()
 
 
-def test_psnr_against_the_formula(finished):
-    config = sample_module.SampleConfig(out_dir=str(finished[0]), eval_items=3)
-    used = sample_module.Run(config)
+def test_psnr_against_the_formula(loaded):
     some = data.validation_subset(data.Scenes("val", 50), 3)
     expected = []
     for i in range(3):
         x = data.crop_to_tensor(some.image(i), 64)[None]
-        y = used.vae.decode(used.vae.encode(x))
+        y = loaded.vae.decode(loaded.vae.encode(x))
         a, b = (np.asarray((t + 1) / 2, np.float64) for t in (x, y))
         expected.append(10 * math.log10(1 / ((a - b) ** 2).mean()))
-    found = sample_module.reconstruction_scores(used, some)["psnr"]
+    found = sample_module.reconstruction_scores(loaded, some)["psnr"]
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
 
 
@@ -3041,7 +3093,8 @@ def test_the_bench_of_sampling_measures(capsys, monkeypatch):
         image_side=image_side * 3 // 8, **sizes))
     sample_module.main(["--bench", "--json", "--device=cpu"])
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert set(found["tokens_per_s"]) == {"1", "8"} and found["tokens_per_s"]["1"] > 0
+    for speeds in (found["tokens_per_s"], found["tokens_per_s_window"]):
+        assert set(speeds) == {"1", "8"} and min(speeds.values()) > 0
     assert found["dtype"] == "float32"
     assert {"median_s", "peak_gb", "device", "size", "guidance_cost", "image_s", "growth",
             "share_of_floor"} <= set(found)
@@ -3338,26 +3391,25 @@ def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
-def test_bad_checkpoints_are_refused(finished, tmp_path):
-    out, _ = finished
-    whole = {name: (out / name).read_bytes() for name in os.listdir(out) if name.endswith((".pt", ".json"))}
+def test_bad_checkpoints_are_refused(finished, copied_run):
+    out = finished[0]
+    whole = {path.stem: path.read_bytes() for path in (*out.glob("*.pt"), out / "tokenizer.json")}
 
     def attempt(message, *arguments, **changes):
-        for name, content in whole.items():
-            (tmp_path / name).write_bytes(content)
-        for name, content in changes.items():
-            name = name + (".json" if name == "tokenizer" else ".pt")
-            (tmp_path / name).unlink() if content is None else (tmp_path / name).write_bytes(content)
+        """Sampling must fail while files of the run are missing (None) or have another content."""
+        for stem, content in {**whole, **changes}.items():
+            path = copied_run / (stem + (".json" if stem == "tokenizer" else ".pt"))
+            path.unlink() if content is None else path.write_bytes(content)
         with pytest.raises(ValueError, match=message):
-            sample_module.main(["--out_dir", str(tmp_path), "--n=1", *arguments])
+            sample_module.main(["--out_dir", str(copied_run), "--n=1", *arguments])
 
     attempt("no checkpoint", biart=None)
-    attempt("not a whole checkpoint", biart=whole["biart.pt"][:5000])
+    attempt("not a whole checkpoint", biart=whole["biart"][:5000])
     attempt("not a whole checkpoint", augvae_sl=b"")
-    attempt("of augvae_ml, not of biart", biart=whole["augvae_ml.pt"])
+    attempt("of augvae_ml, not of biart", biart=whole["augvae_ml"])
     attempt("another augvae", augvae_sl=retouched(out / "augvae_sl.pt"))
-    Tokenizer.train(["another text altogether"], 300).save(tmp_path / "other.json")
-    attempt("another tokenizer", tokenizer=(tmp_path / "other.json").read_bytes())
+    Tokenizer.train(["another text altogether"], 300).save(copied_run / "other.json")
+    attempt("another tokenizer", tokenizer=(copied_run / "other.json").read_bytes())
     attempt("cannot read", tokenizer=b"{")
     attempt("cannot read", tokenizer=None)
     attempt("--prompt is empty", "--prompt", " ")
@@ -3375,17 +3427,15 @@ def test_bad_uses_are_refused(finished, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     image = ["--image", str(picture)]
     for arguments, message in [
-        (["--prompts", "absent.txt"], "no file of prompts absent.txt"),
+        (["--prompts", "absent.txt"], "--prompts absent.txt is not a text file that can be read"),
         (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
         (["--prompts", str(tmp_path / "latin1.txt")], "not a text file"),
         (["--image", str(empty)], "no image in the folder"),
         ([*image, "--prompt", "a cross"], "--keep_rows"),
         ([*image, "--prompt", "a cross", "--keep_rows=8"], "8 is not in 1 to 7"),
-        ([*image, "--prompt", "a cross", "--keep_rows=-1"], "-1 is not at least 0"),
         (["--keep_rows=2"], "needs --image"), ([*image, "--keep_rows=2"], "needs --prompt or --variations"),
         (["--prefix=a"], "--prefix needs --image"),
-        ([*image, "--prefix", "red circle " * 40], "tokens"), (["--rerank=0"], "--rerank 0 is not in 1 to"),
-        (["--rerank_forward=1.5"], "not in 0 to 1"), (["--top_p=0"], "--top_p 0.0"), (["--n=0"], "--n 0"),
+        ([*image, "--prefix", "red circle " * 40], "tokens"),
         (["--prompt", "a", "--eval"], "different uses"), (["--prompt", "a", "--beam=3"], "does not paint"),
         ([*image, "--beam=3", "--rerank=2"], "both choose"),
         ([*image, "--beam=3", "--top_k=5"], "does not sample"),
@@ -3394,7 +3444,25 @@ def test_bad_uses_are_refused(finished, tmp_path):
     ]:
         with pytest.raises(ValueError, match=message):
             sample_module.main(["--out_dir", str(out), "--save_dir", str(tmp_path / "made"), *arguments])
-    assert "sample.py: --rerank 0" in refused("sample.py", "--rerank=0")
+
+
+@pytest.mark.slow
+def test_a_bad_setting_of_sampling_ends_the_program_with_a_sentence():
+    assert "sample.py: --rerank 0 is not in [1, 1000]" in refused("sample.py", "--rerank=0")
+
+
+@pytest.mark.parametrize(("argument", "message"), [
+    ("--n=0", "--n 0 is not in [1, 1000]"), ("--batch_size=-2", "--batch_size -2 is not in [1, inf)"),
+    ("--keep_rows=-1", "--keep_rows -1 is not in [0, inf)"), ("--rerank=0", "--rerank 0 is not in [1, 1000]"),
+    ("--rerank_forward=1.5", "--rerank_forward 1.5 is not in [0, 1]"),
+    ("--top_p=0", "--top_p 0.0 is not in (0, 1]"), ("--temperature=nan", "--temperature nan is not in"),
+    ("--guidance=inf", "--guidance inf is not in [0, inf)"), ("--guidance=nan", "--guidance nan is not in"),
+    ("--length_penalty=inf", "--length_penalty inf is not in"), ("--seed=-1", "--seed -1 is not in [0,"),
+    ("--dtype=int8", "--dtype 'int8' is none of: auto, float32"),
+])
+def test_settings_of_sampling_out_of_range_are_refused(argument, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sample_module.main([argument])
 
 
 def retouched(path):
