@@ -32,7 +32,6 @@ import math
 import os
 import re
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 from statistics import fmean, median
@@ -262,7 +261,7 @@ class Run:
     def input_batches(self, count, n, task):
         """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
         drawn = max(n, self.config.rerank, self.config.beam)
-        return progress(range(count), max(1, self.config.batch_size // drawn), task)
+        return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
 
     def paint_all(self, prompts, n=1, images=None):
         """
@@ -311,18 +310,6 @@ class Run:
         with self.context.autocast():
             t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
         return {"t2i": t2i.item(), "i2t": i2t.item()}
-
-
-def progress(items, size, task):
-    """Yield chunks of items; every few seconds, print how many are done and how long the others will take."""
-    began = shown = time.time()
-    for start in range(0, len(items), size):
-        yield items[start:start + size]
-        done = start + size
-        if done < len(items) and time.time() - shown > 5:
-            shown = time.time()
-            left = (shown - began) / done * (len(items) - done)
-            print(f"{task}: {done} of {len(items)}, {left:.0f} s left", flush=True)
 
 
 # -----------------------------------------------------------------------------
@@ -414,7 +401,7 @@ def sheet_columns(group_size):
 def save_reconstructions(run, paths, images):
     """The images over what their tokens keep of them."""
     def groups():
-        for indices in progress(range(len(images)), 8, "reconstruction"):
+        for indices in data.progress(range(len(images)), 8, "reconstruction"):
             codes, pixels = run.encode([images[i] for i in indices])
             yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(indices, pixels)]
             yield [{"picture": data.to_image(x), "image": f"{paths[i]}, its tokens"}
@@ -713,7 +700,7 @@ def reconstruction_scores(run, val, inception=None):
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     values, features = {name: [] for name in metrics}, ([], [])
     counts = torch.zeros(run.vae.config.codebook_size)
-    for indices in progress(range(len(val)), 50, "reconstruction"):
+    for indices in data.progress(range(len(val)), 50, "reconstruction"):
         codes, originals = run.encode([val.image(i) for i in indices])
         reconstructed = run.decode(codes)
         for name, metric in metrics.items():
@@ -737,7 +724,7 @@ def likelihood_scores(run, val):
     explain the image best (i2t).
     """
     captions, text, image = one_caption_each(val), [], []
-    for indices in progress(range(len(val)), 50, "encoding"):
+    for indices in data.progress(range(len(val)), 50, "encoding"):
         text.append(run.tokenize([captions[i] for i in indices]))
         image.append(run.encode([val.image(i) for i in indices])[0])
     sides, scores = {"text": torch.cat(text), "image": torch.cat(image)}, {}
@@ -753,7 +740,7 @@ def likelihood_scores(run, val):
 def retrieval_ranks(run, sides, query, answer):
     """For each of --eval_pairs queries: how many answers explain it better than its own does."""
     n, ranks = min(run.config.eval_pairs, len(sides[query])), []
-    for indices in progress(range(n), 16, f"retrieval of {answer}"):
+    for indices in data.progress(range(n), 16, f"retrieval of {answer}"):
         for i in indices:
             pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
             with run.context.autocast():

@@ -1831,8 +1831,8 @@ def test_released_weights_give_released_numbers(c, single_level, tokens, pixels,
         assert parameters[f"{name}.weight"].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
     # one-way and lossless: saved and read again as one of ours
     stage = "augvae_sl" if single_level else "augvae_ml"
-    train.save_checkpoint(tmp_path / "ours.pt", {"stage": stage, "config": dataclasses.asdict(config),
-                                                 "model": vae.state_dict()})
+    content = {"stage": stage, "progress": {}, "config": dataclasses.asdict(config), "model": vae.state_dict()}
+    train.save_checkpoint(tmp_path / "ours.pt", content)
     again = train.load_augvae(tmp_path / "ours.pt")
     assert train.fingerprint(again) == train.fingerprint(vae) and again.config == config
     assert torch.equal(again(x)[0], reconstruction) and torch.equal(again(x)[1], loss)
@@ -2575,7 +2575,8 @@ def test_a_recorded_seed_makes_the_sample_again(loaded):
     assert same(record, alone) and record["scores"] == pytest.approx(alone["scores"], abs=2e-3)
     assert not same(record, painted[2][0])
     record = captioned[1][2]
-    assert record["caption"] == next(loaded.with_settings(seed=record["seed"]).caption_all(images[1:2]))[0]["caption"]
+    again = next(loaded.with_settings(seed=record["seed"]).caption_all(images[1:2]))
+    assert record["caption"] == again[0]["caption"]
 
 
 def test_reranking_orders_by_the_reverse_direction(loaded):
@@ -2604,7 +2605,8 @@ def test_the_window_is_chosen_by_rows_and_changes_no_sample(loaded, monkeypatch)
              "text": loaded.encode([data.Scenes("val", 2).image(i) for i in range(2)])[0]}
     for n, given, expected in ((1, 0, 5), (3, 0, 3), (4, 0, 1), (3, 7, 7)):
         for to, ref in sides.items():
-            groups, others = (loaded.with_settings(window=window).candidates(ref, to, n) for window in (given, 1))
+            groups, others = (loaded.with_settings(window=window).candidates(ref, to, n)
+                              for window in (given, 1))
             assert windows[-2:] == [expected, 1]
             for group, other in zip(groups, others):
                 assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(group, other))
@@ -2650,7 +2652,7 @@ def test_a_run_from_python(loaded, finished, tmp_path, monkeypatch, capsys):
     for direction, to in (("t2i", "image"), ("i2t", "text")):
         expected = loaded.biart.log_likelihood(text, codes, to)[0].item()
         assert loaded.score("two crosses", image)[direction] == pytest.approx(expected, rel=1e-5)
-    assert loaded.config == sample_module.SampleConfig(out_dir=str(finished[0]))  # settings of a call stay in it
+    assert loaded.config == sample_module.SampleConfig(out_dir=str(finished[0]))  # unchanged
     with pytest.raises(TypeError, match="temprature"):
         loaded.paint("a cross", temprature=1)
     with pytest.raises(ValueError, match=r"--top_p 0 is not in \(0, 1\]"):
@@ -2958,7 +2960,7 @@ def started(*command):
 def test_a_run_killed_at_any_moment_goes_on_exactly(finished, tmp_path):
     whole, _ = finished
     out, rng = tmp_path / "out", random.Random(0)
-    for attempt in range(4):
+    for _ in range(4):
         process = started(sys.executable, "train.py", *MINIATURE, "--out_dir", out,
                           *(["--resume"] if any(out.glob("*.pt")) else []))
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -3111,8 +3113,8 @@ def test_last_best_and_older_checkpoints(finished, tmp_path):
     # steps are numbers, not text, and --keep says how many stay
     assert list(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [2]
     for step in range(9, 12):
-        train.save_checkpoint(str(out / "augvae_ml.pt"), {"stage": "augvae_ml", "progress": {"step": step + 1}},
-                              previous=step, keep=2)
+        content = {"stage": "augvae_ml", "progress": {"step": step + 1}}
+        train.save_checkpoint(str(out / "augvae_ml.pt"), content, previous=step, keep=2)
     assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
 
 

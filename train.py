@@ -21,6 +21,7 @@ import ast
 import contextlib
 import csv
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -384,6 +385,8 @@ class Trainer:
                 self.scaler.load_state_dict(saved["scaler"])
             context.restore_random_state(saved["random"])
             context.print0(f"resuming at step {saved['progress']['step']}")
+        if self.config.compile:  # a compiled search for codes would not see that it asks for full float32
+            Codebook.nearest = torch.compiler.disable(Codebook.nearest)
         self.wrapped = torch.compile(objective) if self.config.compile else objective
         if context.world > 1 and not settings.sharded:
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
@@ -856,7 +859,8 @@ class Context:
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32; the codebook's search asks for more by itself
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 tokenises alone
         if dtype == "auto" and self.device.type == "cuda":
             dtype = "bfloat16" if works(try_bfloat16, self.device) else "float16"
         elif dtype == "auto":  # autocast's casts cost a small model more than its products gain
@@ -952,8 +956,8 @@ def works(trial, *args):
 
 
 def try_step(device):
-    layers = nn.Conv2d(2, 2, 3), nn.GroupNorm(1, 2), nn.Flatten(), nn.Linear(8, 2)
-    nn.Sequential(*layers).to(device)(torch.ones(1, 2, 4, 4, device=device)).sum().backward()
+    block = ResBlock(2, 2, AugVAEConfig(n_groups=1)).to(device)
+    block(torch.ones(1, 2, 4, 4, device=device)).sum().backward()
 
 
 def try_bfloat16(device):
@@ -1249,6 +1253,14 @@ def bench_biart(given, context):
             "size": [c.n_layer, c.n_embd, T, B]}
 
 
+def photograph(width, height):
+    """Smooth colours and the grain of a camera, which as JPEG of quality 90 take 1.5 to 2 bits a pixel."""
+    smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), Image.BICUBIC)
+    turned = (smooth.transpose(way) for way in (Image.ROTATE_180, Image.FLIP_LEFT_RIGHT))
+    grain = Image.effect_noise((width, height), 40).convert("RGB")
+    return Image.blend(Image.merge("RGB", (smooth, *turned)), grain, 0.1)
+
+
 def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
                sources=((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2))):
     """
@@ -1262,12 +1274,8 @@ def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
     for width, height, count in sources:
         with tempfile.TemporaryDirectory() as folder:
             os.mkdir(os.path.join(folder, "class"))
-            for i in range(count):  # smooth colours and the grain of a camera: 1.5 to 2 bits a pixel
-                smooth = Image.effect_noise((width // 100, height // 100), 300).resize((width, height), 3)
-                turned = (smooth.transpose(way) for way in (Image.ROTATE_180, Image.FLIP_LEFT_RIGHT))
-                colours = Image.merge("RGB", (smooth, *turned))
-                grain = Image.effect_noise((width, height), 40).convert("RGB")
-                Image.blend(colours, grain, 0.1).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
+            for i in range(count):
+                photograph(width, height).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
             ours = functools.partial(data.Pixels(data.read_folder(folder), size, 0.75).item, rng=rng)
             readers = {"ours": ours, "torchvision": datasets.ImageFolder(folder, usual).__getitem__}
             rates = {name: [] for name in readers}
