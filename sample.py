@@ -75,7 +75,6 @@ class SampleConfig:
     # How to sample, in both directions
     n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
     batch_size: int = 64  # samples made at a time; the results are the same
-    window: int = 0  # tokens guessed ahead in a pass, the results are the same; 0 is what is fastest here
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
     top_p: float = 0.9  # sample from the likeliest tokens that sum to this probability
@@ -94,8 +93,8 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
-    limits = {**dict.fromkeys(("window", "keep_rows", "temperature", "top_k", "guidance", "beam",
-                               "length_penalty"), "[0, inf)"),
+    limits = {**dict.fromkeys(("keep_rows", "temperature", "top_k", "guidance", "beam", "length_penalty"),
+                              "[0, inf)"),
               **dict.fromkeys(("batch_size", "eval_items", "eval_pairs"), "[1, inf)"),
               "n": "[1, 1000]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "top_p": "(0, 1]",
               "seed": "[0, 1e18]"}
@@ -104,14 +103,6 @@ class SampleConfig:
 
 # -----------------------------------------------------------------------------
 # A run, and how it is sampled in both directions
-
-# The fastest window (see BiART.generate) for up to so many rows; for more it is 1, token by token.
-WINDOWS = {2: 16, 8: 8}
-
-
-def default_window(rows):
-    return next((window for most, window in WINDOWS.items() if rows <= most), 1)
-
 
 def load(out_dir="out", **settings):
     """
@@ -237,8 +228,7 @@ class Run:
                 seeds = [[None] * beam for _ in ref]
             else:
                 tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
-                                             seeds=[seed for row in seeds for seed in row],
-                                             window=c.window or default_window(len(ref) * n))
+                                             seeds=[seed for row in seeds for seed in row])
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
             forward, reverse = (log_p.tolist() for log_p in self.biart.score_candidates(ref, tokens, to))
         groups = []
@@ -862,8 +852,7 @@ def write_page(run):
 def bench(config, rounds=3):
     """
     Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at
-    batch 1 and 8, token by token and with the default window (weights are random, so that no guess is right:
-    the worst case); a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
+    batch 1 and 8; a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
     """
     context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
     torch.manual_seed(0)
@@ -872,18 +861,18 @@ def bench(config, rounds=3):
                     .to(context.device, context.dtype) for side in (16, 32))
     text = torch.randint(0, short.config.end_token, (8, 64), device=context.device)
 
-    def seconds(model, batch, left=None, window=1, **settings):
+    def seconds(model, batch, left=None, **settings):
         """Of painting all tokens, or the last `left`."""
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
-        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, window=window,
-                                                       **settings)) for _ in range(rounds + 1)]
+        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
+                 for _ in range(rounds + 1)]
         return median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
     memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
     bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
-    measured = {"tokens_per_s": {}, "tokens_per_s_window": {}, "share_of_floor": {}}
+    measured = {"tokens_per_s": {}, "share_of_floor": {}}
     for batch in (1, 8):
         taken = seconds(short, batch)
         # keys and values of 64 to 320 tokens
@@ -891,11 +880,7 @@ def bench(config, rounds=3):
         floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
         measured["tokens_per_s"][str(batch)] = batch * 256 / taken
         measured["share_of_floor"][str(batch)] = floor / taken
-        window = default_window(batch)
-        windowed = batch * 256 / seconds(short, batch, window=window)
-        measured["tokens_per_s_window"][str(batch)] = windowed
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
-              f"{windowed:.1f} with window {window}, "
               f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows",
               flush=True)
         if batch == 1:
