@@ -2482,6 +2482,7 @@ def copied_run(finished, tmp_path):
     return shutil.copytree(finished[0], tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_train_all_leaves_a_whole_run(finished):
     out, printed = finished
     for stage in train.STAGES:
@@ -2557,6 +2558,7 @@ def test_sample_every_way(finished, tmp_path, capfd):
     assert sorted(os.listdir(where)) == ["painted.png", "painted_0.png", "samples.json"]
 
 
+@pytest.mark.slow
 def test_a_recorded_seed_makes_the_sample_again(loaded):
     prompts = ["a small red circle above a large blue square", "two crosses", "a large black cross"]
     images = [data.Scenes("val", 3).image(i) for i in range(3)]
@@ -2580,6 +2582,7 @@ def test_a_recorded_seed_makes_the_sample_again(loaded):
     assert record["caption"] == again[0]["caption"]
 
 
+@pytest.mark.slow
 def test_reranking_orders_by_the_reverse_direction(loaded):
     for share in (0.0, 0.25, 1.0):
         used = loaded.with_settings(rerank=6, rerank_forward=share)
@@ -2597,6 +2600,7 @@ def test_reranking_orders_by_the_reverse_direction(loaded):
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_completion_keeps_rows_and_words(loaded):
     used = loaded.with_settings(keep_rows=5, prefix="the large")
     images = [data.Scenes("val", 2).image(i) for i in range(2)]
@@ -2613,6 +2617,7 @@ def test_completion_keeps_rows_and_words(loaded):
                for group in used.caption_all(images, 4) for record in group)
 
 
+@pytest.mark.slow
 def test_a_run_from_python(loaded, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(finished[0].parent)  # where the run is `out`
     lines = doctest.DocTestParser().get_examples(sample_module.load.__doc__)
@@ -2673,6 +2678,7 @@ def test_scores_of_a_run(finished, tmp_path):
         assert word not in page, word
 
 
+@pytest.mark.slow
 def test_retrieval_against_brute_force(loaded):
     used = loaded.with_settings(eval_pairs=7)
     some = data.validation_subset(data.Scenes("val", 50), 9)
@@ -2732,6 +2738,7 @@ def inception(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_fid_is_that_of_pytorch_fid(inception):
     network = sample_module.FIDInception(inception)
     features = []
@@ -2800,6 +2807,7 @@ def test_caption_words_by_the_coco_convention(caption, words):
     assert sample_module.caption_words(caption) == words.split()
 
 
+@pytest.mark.slow
 def test_psnr_against_the_formula(loaded):
     some = data.validation_subset(data.Scenes("val", 50), 3)
     expected = []
@@ -2812,6 +2820,7 @@ def test_psnr_against_the_formula(loaded):
     assert found == pytest.approx(np.mean(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_resume_continues_exactly(finished, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"
@@ -2826,6 +2835,7 @@ def test_resume_continues_exactly(finished, tmp_path):
         assert [r["loss"] for r in ours] == [r["loss"] for r in theirs]
 
 
+@pytest.mark.slow
 def test_coco_data_through_all_stages(tmp_path, inception):
     folder, path, _ = coco(tmp_path, n=6)
     where = ["--data=coco", "--train_dir", folder, "--train_captions", path, "--val_dir", folder,
@@ -2846,6 +2856,7 @@ def losses(out, stage):
     return {r["step"]: r["loss"] for r in rows(out / f"{stage}.csv")}
 
 
+@pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
     given = [*MINIATURE, "--device=cpu", "--max_iters=5", "--dropout=0"]
@@ -2865,6 +2876,7 @@ def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
             assert float(ours) == pytest.approx(float(theirs), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_ranks_keep_one_codebook_bit_for_bit(tmp_path):
     (tmp_path / "job.py").write_text(f"""
 import os, sys; sys.path.insert(0, {HERE!r})
@@ -2891,6 +2903,7 @@ os._exit(0)  # as train.py leaves: gloo's thread may abort Python's own way out
     assert printed.count("equal") == 2 and "drifted" not in printed
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(finished, tmp_path):
     out, _ = finished
     for name, batch in (("whole", 8), ("parts", 4)):
@@ -2902,6 +2915,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(finished, tmp_path):
         assert float(loss) == pytest.approx(float(parts[step]), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_path):
     out, _ = finished
 
@@ -2929,6 +2943,7 @@ def test_sharded_and_checkpointed_training_has_the_same_losses(finished, tmp_pat
     assert unsharded == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_activation_checkpointing_keeps_augvae_losses(finished, tmp_path):
     out, _ = finished
     python("train.py", *MINIATURE, "--out_dir", tmp_path / "out", "--stage=augvae_ml",
@@ -2942,6 +2957,7 @@ def started(*command):
                             env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_any_moment_goes_on_exactly(finished, tmp_path):
     whole, _ = finished
     out, rng = tmp_path / "out", random.Random(0)
@@ -2966,6 +2982,7 @@ def spoil(folder):
     (folder / "train" / "class 1" / "3.png").symlink_to("3.png")
 
 
+@pytest.mark.slow
 def test_tar_shards_through_all_stages_the_last_on_two_ranks(tmp_path):
     settings = layout("tar", tmp_path, 14)
     whole = (tmp_path / "000.tar").read_bytes()
@@ -3001,6 +3018,7 @@ def test_tar_shards_through_all_stages_the_last_on_two_ranks(tmp_path):
     assert (tmp_path / "out" / "tokens" / "train" / "codes.npy").exists()
 
 
+@pytest.mark.slow
 def test_training_goes_on_over_bad_images_and_resumes_exactly(tmp_path, capsys):
     settings = layout("folder", tmp_path / "data", 7)
     spoil(tmp_path / "data")
@@ -3042,12 +3060,14 @@ def test_settings_of_data_that_contradict_are_refused(tmp_path):
         train.main([*original, "--preset=tiny"])
 
 
+@pytest.mark.slow
 def test_sampling_refuses_data_without_captions(finished, tmp_path):
     noise(tmp_path / "0.png", 0)
     with pytest.raises(ValueError, match="--data folder has no captions"):
         sample_module.main(["--data=folder", "--val_dir", str(tmp_path), "--out_dir", str(finished[0])])
 
 
+@pytest.mark.slow
 def test_bench_data_measures_both(capsys, monkeypatch):
     monkeypatch.setitem(train.BENCHES, "data", lambda given, context: bench_data(
         given, context, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
@@ -3060,6 +3080,7 @@ def test_bench_data_measures_both(capsys, monkeypatch):
     assert all("torchvision" in line for line in lines[:2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what, sizes", [
     ("augvae", ["--image_size=32", "--levels=8,4", "--hidden=8", "--n_groups=2", "--codebook_size=16",
                 "--z_channels=8", "--checkpoint_activations"]),
@@ -3086,6 +3107,7 @@ def test_the_bench_of_sampling_measures(capsys, monkeypatch):
             "share_of_floor"} <= set(found)
 
 
+@pytest.mark.slow
 def test_last_best_and_older_checkpoints(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -3102,6 +3124,7 @@ def test_last_best_and_older_checkpoints(finished, tmp_path):
     assert sorted(train.older_checkpoints(str(out / "augvae_ml.pt"))) == [10, 11]
 
 
+@pytest.mark.slow
 def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -3118,6 +3141,7 @@ def test_a_broken_last_checkpoint_gives_way_to_the_one_before(finished, tmp_path
     assert "not a whole checkpoint" in refused("train.py", "--out_dir", out, "--resume", "--stage=biart")
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_the_run_and_loses_nothing(finished, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished[0], out)
@@ -3134,6 +3158,7 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(finished, tmp_path):
     assert "resuming at step 4" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
 def test_a_signal_ends_a_run_after_the_step_and_it_goes_on_exactly(launcher, finished, tmp_path):
     given = [*MINIATURE, "--stage=augvae_sl", "--max_iters=60", "--eval_interval=50", "--device=cpu",
@@ -3169,6 +3194,7 @@ def test_a_second_signal_ends_at_once(monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.slow
 def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypatch):
     plain, calls = train.AugVAEObjective.forward, []
 
@@ -3195,6 +3221,7 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypat
     assert all(v.isfinite().all() for v in checkpoint["model"].values())
 
 
+@pytest.mark.slow
 def test_a_rank_that_fails_takes_the_job_down(tmp_path):
     (tmp_path / "job.py").write_text(f"""
 import os, sys; sys.path.insert(0, {HERE!r})
@@ -3232,6 +3259,7 @@ def test_settings_are_typed_layered_and_documented():
                             train.TrainConfig, DataConfig, AugVAEConfig, BiARTConfig)
 
 
+@pytest.mark.slow
 def test_help_lists_every_setting():
     printed = python("train.py", "--help")
     assert "--codebook_size" in printed and "--n_embd" in printed and "$ python train.py" in printed
@@ -3248,6 +3276,7 @@ def test_learning_rate_schedule():
     assert (scaled.samples_per_step, scaled.max_iters, scaled.peak_lr) == (6, 3, pytest.approx(6e-4))
 
 
+@pytest.mark.slow
 def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
     weight = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([weight], lr=0.5)
@@ -3281,6 +3310,7 @@ def test_the_arithmetic_of_the_release(monkeypatch, tmp_path):
     assert rates == pytest.approx([4e-4, 2e-4, 2e-4, 1e-4]) == halved
 
 
+@pytest.mark.slow
 @has_namespaces
 def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     ml, sl = released_file(tmp_path / "ml.ckpt", RELEASED), released_file(tmp_path / "sl.ckpt", RELEASED, 8)
@@ -3340,6 +3370,7 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path, capsys):
     assert "asks to run" in printed
 
 
+@pytest.mark.slow
 def test_a_run_with_clips_vocabulary(finished, tmp_path):
     tok_clip()
     path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(
@@ -3358,6 +3389,7 @@ def refused(*command):
     return printed
 
 
+@pytest.mark.slow
 def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
     out, _ = finished
     before = {path: path.read_bytes() for path in out.rglob("*.*")}
@@ -3377,6 +3409,7 @@ def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
     assert {path: path.read_bytes() for path in out.rglob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_bad_checkpoints_are_refused(finished, copied_run):
     out = finished[0]
     whole = {path.stem: path.read_bytes() for path in (*out.glob("*.pt"), out / "tokenizer.json")}
@@ -3404,6 +3437,7 @@ def test_bad_checkpoints_are_refused(finished, copied_run):
     attempt("not an image", "--reconstruct", os.path.join(HERE, "README.md"))
 
 
+@pytest.mark.slow
 def test_bad_uses_are_refused(finished, tmp_path):
     out, picture, empty = finished[0], tmp_path / "a.png", tmp_path / "empty"
     data.Scenes("val", 1).image(0).save(picture)
@@ -3486,6 +3520,7 @@ def test_a_failed_save_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     assert train.load_checkpoint(path, "biart")["progress"]["step"] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["augvae", "biart", "tokenizer", "data", "train", "sample"])
 def test_imports_are_quiet_and_one_way(module):
     code = (f"import sys; import {module}; import torch; assert not torch.cuda.is_initialized(); "
@@ -3502,6 +3537,7 @@ README = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
 CHANGES = re.findall(r"```diff\n(.*?)```\n+```\n(.*?)```", README, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="changes are applied by git")
 @pytest.mark.parametrize("diff, commands", CHANGES)
 def test_the_changes_in_the_readme_can_be_made_and_run(diff, commands, tmp_path):
