@@ -10,11 +10,13 @@ import concurrent.futures
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import doctest
 import gzip
 import hashlib
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -24,6 +26,7 @@ import pathlib
 import pickle
 import random
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -32,15 +35,23 @@ import sys
 import tarfile
 import textwrap
 import threading
+import time
 import urllib.error
+import weakref
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 from torchvision.transforms import RandomResizedCrop
 
 import augvae
@@ -54,6 +65,7 @@ from biart import BiART, BiARTConfig, sample_token
 from data import DataConfig
 from tokenizer import Tokenizer
 
+aten = torch.ops.aten
 HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -3527,6 +3539,411 @@ def test_imports_are_quiet_and_one_way(module):
             "print(sorted({'train', 'sample'} & set(sys.modules)))")
     printed = python("-c", code).strip()
     assert printed == {"train": "['train']", "sample": "['sample', 'train']"}.get(module, "[]")
+
+
+# -----------------------------------------------------------------------------
+# CUDA without a GPU
+#
+# Tensors on "cuda" are fake: shapes and types without values. Those on the CPU are real, and what comes there
+# from the device is zeros. So the real commands run whole, over a CUDA runtime that does nothing, each in a
+# process of its own, and what CUDA or NCCL would refuse is refused.
+
+CUDA_RUNTIME = """
+#define DOES_NOTHING(name) int name() { return 0; }
+#define GIVES(name, type, value) int name(type *out) { *out = value; return 0; }
+DOES_NOTHING(cudaGetLastError) DOES_NOTHING(cudaPeekAtLastError) DOES_NOTHING(cudaDeviceSynchronize)
+DOES_NOTHING(cudaStreamQuery) DOES_NOTHING(cudaStreamSynchronize) DOES_NOTHING(cudaStreamWaitEvent)
+DOES_NOTHING(cudaStreamGetPriority) DOES_NOTHING(cudaEventQuery) DOES_NOTHING(cudaEventRecord)
+DOES_NOTHING(cudaEventSynchronize) DOES_NOTHING(cudaEventDestroy) DOES_NOTHING(cudaEventRecordWithFlags)
+GIVES(cudaGetDeviceCount, int, 8) GIVES(cudaDeviceGetAttribute, int, 8) GIVES(cudaEventCreate, long, 1)
+GIVES(cudaEventCreateWithFlags, long, 1) GIVES(cudaStreamCreateWithPriority, long, 1)
+static __thread int device;
+int cudaSetDevice(int index) { device = index; return 0; }
+int cudaGetDevice(int *index) { *index = device; return 0; }
+int cudaStreamIsCapturing(void *stream, int *is) { *is = 0; return 0; }
+int cudaDeviceGetStreamPriorityRange(int *low, int *high) { *low = *high = 0; return 0; }
+int cuDevicePrimaryCtxGetState(int index, int *flags, int *active) { *flags = 0; *active = 1; return 0; }
+/* compute capability 8.8, wherever a version keeps it */
+int cudaGetDeviceProperties(int *p) { for (int i = 72; i < 160; i++) p[i] = 8; return 0; }
+int cudaGetDeviceProperties_v2(int *p) { return cudaGetDeviceProperties(p); }
+"""
+
+
+def places(masks):
+    """As many indices as a mask might hold; what is no mask stays."""
+    return [m.new_empty(m.numel() // 2, dtype=torch.long) if m is not None and m.dtype is torch.bool else m
+            for m in masks]
+
+
+class PretendedCUDA(TorchDispatchMode):
+    """Every operation on tensors of "cuda" passes through here, and on to PyTorch's fake tensors."""
+    by_value = {  # what depends on values is made up; 16 is what Context's trial of bfloat16 hopes for
+        aten._local_scalar_dense.default: lambda x: {torch.bfloat16: 16.0, torch.long: 1}.get(x.dtype, 0.0),
+        aten.nonzero.default: lambda x: x.new_empty(x.numel() // 2, x.dim(), dtype=torch.long),
+        aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(minlength),
+        aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
+        aten.index_put_.default: lambda x, at, *given: aten.index_put_(x, places(at), *given)}
+
+    def __init__(self):
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.capturing = self.searching = False
+        self.seen = Counter()  # what happened how often
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given, _ = tree_flatten((args, kwargs))
+        devices = {getattr(x, "fake_device", x) for x in given if isinstance(x, (FakeTensor, torch.device))}
+        if not any(device.type == "cuda" for device in devices):
+            return func(*args, **kwargs)
+        self.check(func, given)
+        args, kwargs = tree_map(self.enter, (args, kwargs))
+        with self.fake:
+            out = self.by_value.get(func, func)(*args, **kwargs)
+        return tree_map(self.leave, out)
+
+    def enter(self, x):
+        if not isinstance(x, torch.Tensor) or isinstance(x, FakeTensor):
+            return x
+        assert not self.capturing or not x.dim(), "a captured step copies from the CPU"
+        return self.fake.from_tensor(x)
+
+    def leave(self, x):
+        if not isinstance(x, FakeTensor) or x.is_cuda:
+            return x
+        assert not self.capturing, "a captured step copies to the CPU"
+        return torch.zeros(x.shape, dtype=x.dtype)
+
+    def has_no_graphs(self):
+        raise RuntimeError("a build without CUDA graphs says so where one is made")
+
+    def check(self, func, given):
+        """What CUDA refuses, before torch 2.14 (group norm) or in a graph, and what would round tokens."""
+        tensors, name = [x for x in given if isinstance(x, torch.Tensor)], str(func)
+        if "native_group_norm" in name:
+            self.seen["group norm"] += 1
+            assert all(x.is_contiguous() for x in tensors), f"{name} wants NCHW"
+        if self.capturing:
+            masks = "index" not in name or any(x.dtype is torch.bool for x in tensors)
+            assert func not in self.by_value or not masks, f"a captured step looks at a value: {name}"
+            random = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in name
+            assert not random, f"a captured step draws numbers: {name}"
+        if self.searching and "mm" in name:
+            self.seen["search"] += 1
+            assert not torch.backends.cuda.matmul.allow_tf32, "the nearest code is searched in TF32"
+
+
+def pretend_cuda(world=1):
+    """Make this process one of `world`, each with a GPU of its own; -> the mode that counts and checks."""
+    mode, cuda, DDP = PretendedCUDA(), torch.cuda, torch.nn.parallel.DistributedDataParallel
+    os.environ.update(RANK="0", LOCAL_RANK="3" if world > 1 else "0", WORLD_SIZE=str(world))
+    fake_tensor.init_gpu_context = fake_tensor.init_cuda_context = lambda *_: None
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    tensor, nearest = torch.tensor, Codebook.nearest
+    torch.tensor = lambda *given, device=None, **more: tensor(*given, **more).to(device)
+    torch.Tensor.pin_memory = lambda self, *_: self
+    tolist = torch.Tensor.tolist
+    torch.Tensor.tolist = lambda self: tolist(self.cpu())
+
+    def rng_state(*_):
+        assert not mode.capturing, "a captured step reads or sets the CUDA generator"
+        return torch.zeros(16, dtype=torch.uint8)
+
+    @contextlib.contextmanager
+    def graph(*_, **__):
+        mode.capturing = True
+        yield
+        mode.capturing = False
+
+    def searched(*given):
+        mode.searching = True
+        codes = nearest(*given)
+        mode.searching = False
+        return codes
+
+    def all_reduce(x, *_):
+        assert x.is_cuda and x.is_contiguous(), f"NCCL cannot sum this tensor on {x.device}"
+
+    def clip(parameters, *given):
+        parameters = list(parameters)
+        assert all(p.grad is not None for p in parameters), "DDP would wait for a gradient that never comes"
+        return clip_grad_norm_(parameters, *given)
+
+    def init(self, module, **_):
+        nn.Module.__init__(self)
+        self.module = module
+
+    Codebook.nearest = searched
+    clip_grad_norm_, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, clip
+    cuda.is_available = cuda.is_initialized = lambda: True
+    cuda._initialized, cuda._lazy_init = True, lambda: None
+    cuda.device_count, cuda.current_device = lambda: 8, lambda: int(os.environ["LOCAL_RANK"])
+    cuda.set_device = torch._utils._get_device_index  # the check that the real one begins with
+    cuda.synchronize = cuda.manual_seed_all = lambda *_: None
+    cuda.is_bf16_supported = lambda *_, **__: True
+    cuda.get_device_capability = lambda *_: (8, 0)
+    cuda.get_device_name, cuda.max_memory_allocated = lambda *_: "pretended", lambda *_: 0
+    cuda.get_rng_state = cuda.set_rng_state = rng_state
+    cuda.graph, cuda.set_stream = graph, lambda *_: None
+    cuda.CUDAGraph = lambda: argparse.Namespace(replay=lambda: mode.seen.update(["replay"]))
+    start = dist.init_process_group
+    dist.init_process_group = lambda *_, **__: start("fake", rank=0, world_size=world, store=FakeStore())
+    dist.all_reduce = all_reduce
+    dist.all_gather_object = lambda values, value: values.__setitem__(slice(None), [value] * len(values))
+    DDP.__init__, DDP.forward = init, lambda self, *given: self.module(*given)
+    DDP.no_sync = lambda self: contextlib.nullcontext()
+    save, build = torch.save, data.build_token_cache
+
+    def build_token_cache(*given, **more):
+        given = inspect.signature(build).bind(*given, **more)
+        whole = given.arguments["all_reduce"]
+        given.arguments.update(rank=0, world=1, all_reduce=lambda x: whole(x) * 0 + x)  # the others' part too
+        return build(*given.args, **given.kwargs)
+
+    def saved(x):
+        if not isinstance(x, FakeTensor):
+            return x
+        mode.seen["saved from the device"] += bool(x.dim())
+        return torch.zeros(x.shape, dtype=x.dtype)
+    torch.save = lambda content, *given, **more: save(tree_map(saved, content), *given, **more)
+    data.build_token_cache = build_token_cache
+    mode.__enter__()
+    return mode
+
+
+@pytest.fixture(scope="session")
+def on_cuda(tmp_path_factory):
+    """on_cuda(function, *arguments): calls one of the functions below in a process with a CUDA runtime."""
+    if torch.version.cuda is None or not shutil.which("cc"):
+        pytest.skip("needs a CUDA build of PyTorch and a C compiler")
+    folder = tmp_path_factory.mktemp("cuda")
+    library = folder / "libcuda.so.1"
+    (folder / "runtime.c").write_text(CUDA_RUNTIME)
+    run("cc", "-w", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", library, folder / "runtime.c")
+
+    def call(function, *given):
+        code = f"import os, test_lverse as t; print(dict(t.{function.__name__}(*{given!r})), flush=True)"
+        return run(sys.executable, "-c", f"{code}; os._exit(0)", LD_PRELOAD=str(library))
+    return call
+
+
+def train_on_cuda(out, world, dtypes):
+    """All stages, a step in every precision, plain and with checkpointed activations; each resumes the last."""
+    mode = pretend_cuda(world)
+    given = [*MINIATURE, "--device=cuda", "--out_dir", out, "--eval_images=16", "--eval_interval=1"]
+    for i, (dtype, again) in enumerate(itertools.product(dtypes, (False, True))):
+        train.main([*given, f"--dtype={dtype}", f"--checkpoint_activations={again}", f"--max_iters={i + 1}",
+                    *(["--resume"] if i else [])])
+    return mode.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, dtypes", [(1, ["float32", "bfloat16", "float16"]),
+                                           (8, ["bfloat16", "float16"])], ids=["the only GPU", "rank 0 of 8"])
+def test_all_stages_train_and_resume_on_cuda(world, dtypes, on_cuda, tmp_path):
+    printed = on_cuda(train_on_cuda, str(tmp_path / "out"), world, dtypes)
+    assert all(f"{what}'" in printed for what in ("group norm", "search", "replay"))
+    for stage in train.STAGES:
+        steps = 2 * len(dtypes)
+        assert train.load_checkpoint(tmp_path / "out" / f"{stage}.pt", stage)["progress"]["step"] == steps
+        assert f"cuda:{3 if world > 1 else 0}" in printed and f"{stage} {steps}/{steps} loss" in printed
+
+
+def decode_on_cuda(graphs):
+    """Every way of decoding, in fp32 and bfloat16, with graphs or on a device that lacks them."""
+    mode = pretend_cuda()
+    if not graphs:
+        torch.cuda.CUDAGraph = mode.has_no_graphs
+    model = biart().to("cuda")
+    text, image = (x.to("cuda") for x in captions_and_codes())
+    ways = [{}, {"temperature": 0}, {"guidance": 2.0, "top_k": 5, "top_p": 0.9, "n": 2}]
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
+            directions = ("image", text, image), ("text", image, text)
+            for way, (to, ref, prefix) in itertools.product(ways, directions):
+                model.generate(ref, to, **way)
+                model.generate(ref, to, prefix=prefix[:, :2], **way)
+            model.beam_search(image, 3, guidance=2.0)
+            model.beam_search(image, 2, prefix=text[:, :2])
+            model.score_candidates(text, image[:, None], "image")
+            model.score_candidates(image, text[:, None], "text")
+    return mode.seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("graphs", [True, False])
+def test_all_decoding_goes_through_graphs_on_cuda(graphs, on_cuda):
+    printed = on_cuda(decode_on_cuda, graphs)
+    assert ("'replay'" in printed) == graphs == ("no CUDA graphs here" not in printed)
+
+
+def count_gathered():
+    """-> a function that says how many tensors, each whole from its shards, there were at most at once."""
+    from torch.distributed.tensor import DTensor
+    plain, whole, most = DTensor.full_tensor, [], [0]
+
+    def full_tensor(self, *given, **more):
+        tensor = plain(self, *given, **more)
+        whole.append(weakref.ref(tensor))
+        most[0] = max(most[0], sum(x() is not None for x in whole))
+        return tensor
+    DTensor.full_tensor = full_tensor
+    return lambda: most[0]
+
+
+def shard_on_cuda(out):
+    mode, gathered = pretend_cuda(8), count_gathered()
+    given = [*MINIATURE, "--device=cuda", "--out_dir", out, "--eval_images=16", "--max_iters=1"]
+    for stage in train.STAGES:
+        mode.seen.clear()
+        train.main([*given, f"--stage={stage}", "--shard", "--optimizer=adamw"])
+    return {**mode.seen, "gathered at once": gathered()}
+
+
+needs_fully_shard = pytest.mark.skipif(
+    importlib.util.find_spec("torch.distributed.fsdp._fully_shard") is None, reason="came with torch 2.6")
+
+
+@pytest.mark.slow
+@needs_fully_shard
+def test_a_sharded_run_gathers_onto_the_cpu(on_cuda, tmp_path):
+    printed = on_cuda(shard_on_cuda, str(tmp_path))
+    assert "biart 1/1 loss" in printed and "'saved from the device': 0" in printed
+    assert int(re.search(r"'gathered at once': (\d+)", printed)[1]) <= 2
+
+
+def dtype_on_cuda(emulated):
+    """bfloat16 as cards before Ampere have it: from torch 2.6 on it counts as supported, being emulated."""
+    pretend_cuda()
+    torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or not emulated
+    torch.cuda.get_device_capability = lambda *_: (7, 0) if emulated else (8, 0)
+    return {"dtype": train.Context("cuda", "auto", wide=True).dtype}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("emulated, dtype", [(True, "float16"), (False, "bfloat16")])
+def test_emulated_bfloat16_is_not_chosen(emulated, dtype, on_cuda):
+    assert f"'dtype': torch.{dtype}" in on_cuda(dtype_on_cuda, emulated)
+
+
+# -----------------------------------------------------------------------------
+# Ranks that do not keep step, by gloo: each job runs on every rank, and ends by an alarm where it hangs
+
+def on_two_ranks(job, *given):
+    code = f"import os, signal; signal.alarm(100); import test_lverse as t; t.{job.__name__}(*{given!r})"
+    return run(*TORCHRUN, "--no-python", sys.executable, "-c", f"{code}; os._exit(0)")
+
+
+class Waiting(TorchDispatchMode):
+    """As with NCCL a sum comes back at once, and only who reads it waits for it."""
+
+    def __init__(self):
+        super().__init__()
+        self.works, plain = {}, dist.all_reduce
+
+        def all_reduce(x):
+            self.works[x.untyped_storage().data_ptr()] = x, plain(x, async_op=True)
+        dist.all_reduce = all_reduce
+        for name in ("tolist", "cpu"):  # which no operation precedes where a tensor is on the CPU
+            look = getattr(torch.Tensor, name)
+            setattr(torch.Tensor, name, lambda self, look=look: look(self.clone()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        for x in tree_flatten((args, kwargs))[0] if self.works else ():
+            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self.works:
+                self.works.pop(x.untyped_storage().data_ptr())[1].wait()
+        return func(*args, **kwargs or {})
+
+
+def late_rank(out):
+    """Every update of the codebook is printed; saving takes a while, as that of large checkpoints does."""
+    save, update = torch.save, Codebook.update
+
+    def told(self):
+        print(f"codebook {os.environ['RANK']} {self.weight.double().sum().item()}\n", end="", flush=True)
+        return update(self)
+    Codebook.update = told
+    torch.save = lambda *given, **more: (time.sleep(2 * isinstance(given[0], dict)), save(*given, **more))
+    with Waiting():
+        train.main([*MINIATURE, "--device=cpu", "--out_dir", out, "--batch_size=2", "--max_iters=2"])
+
+
+@pytest.mark.slow
+def test_ranks_wait_for_each_other_where_sums_come_back_at_once(tmp_path):
+    printed = on_two_ranks(late_rank, str(tmp_path))
+    books = re.findall(r"codebook (\d) (\S+)", printed)
+    first, second = ([state for rank, state in books if rank == one] for one in "01")
+    assert first == second and len(first) == 4 and "biart 2/2 loss" in printed
+
+
+def sharded_rank(out):
+    """Validation batches and the captions' ends differ between ranks: rank 1 ends a caption at once."""
+    plain, gathered = biart_module.sample_token, count_gathered()
+    end = Tokenizer.load(os.path.join(out, "tokenizer.json")).end
+
+    def sample_token(logits, *given):
+        at_once = os.environ["RANK"] == "1" and logits.shape[1] > end
+        return torch.full((len(logits),), end) if at_once else plain(logits, *given)
+    biart_module.sample_token = sample_token
+    train.main([*MINIATURE, "--device=cpu", "--out_dir", out, "--stage=biart", "--overwrite", "--shard",
+                "--optimizer=adamw", "--max_iters=2", "--eval_images=5"])
+    print(f"rank {os.environ['RANK']} gathered {gathered()}\n", end="", flush=True)
+
+
+@pytest.mark.slow
+@needs_fully_shard
+def test_sharded_ranks_keep_step_in_validation_and_pictures(finished, tmp_path):
+    shutil.copytree(finished[0], tmp_path / "out")
+    printed = on_two_ranks(sharded_rank, str(tmp_path / "out"))
+    assert "biart 2/2 loss" in printed and int(re.search(r"rank 1 gathered (\d+)", printed)[1]) <= 2
+
+
+def leaving_rank(out):
+    """destroy_process_group as it is in 2 of 7 runs with torch 2.1: never returns, and lets no thread run."""
+    dist.destroy_process_group = lambda *_: ctypes.PyDLL(None).sleep(1000)
+    sys.argv = ["train.py", *MINIATURE, f"--out_dir={out}", "--stage=augvae_ml", "--max_iters=1"]
+    runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
+
+
+@pytest.mark.slow
+def test_leaving_waits_for_no_thread_of_gloo(tmp_path):
+    assert "augvae_ml: 1 steps" in on_two_ranks(leaving_rank, str(tmp_path))
+
+
+# -----------------------------------------------------------------------------
+# Settings that a resumed run gets anew, other devices, other systems
+
+def test_a_resumed_optimizer_takes_the_settings_given_now(tmp_path, monkeypatch):
+    plain, groups = torch.optim.AdamW.step, []
+
+    def step(self, *given, **more):
+        if len(self.param_groups) > 1:  # not where a step is tried
+            groups.append([{**group, "params": None} for group in self.param_groups])
+        return plain(self, *given, **more)
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    given = [*MINIATURE, "--device=cpu", "--stage=augvae_ml", "--out_dir", str(tmp_path)]
+    train.main([*given, "--max_iters=1"])
+    train.main([*given, "--max_iters=2", "--resume", "--weight_decay=0.5", "--beta1=0.8", "--beta2=0.7"])
+    before, after = groups[-2:]
+    assert [group["weight_decay"] for group in after] == [group["weight_decay"] and 0.5 for group in before]
+    assert {group["betas"] for group in after} == {(0.8, 0.7)} != {group["betas"] for group in before}
+    init = torch.optim.AdamW.__init__
+
+    def refuses(self, *given, fused=None, **more):
+        if fused:
+            raise RuntimeError("no fused kernel on this device")
+        init(self, *given, **more)
+    monkeypatch.setattr(torch.optim.AdamW, "__init__", refuses)
+    train.main([*given, "--max_iters=3", "--resume"])
+    assert not any(group["fused"] for group in groups[-1])
+
+
+def test_import_and_training_without_what_windows_lacks(tmp_path):
+    python("-c", "import sys, signal, torch\n"
+           "sys.modules['resource'] = None  # so that importing it fails\n"
+           "del signal.SIGTERM\n"
+           f"import sample, train; train.main({[*MINIATURE, '--stage=augvae_ml', '--max_iters=1']} "
+           f"+ ['--out_dir', {str(tmp_path)!r}, '--device=cpu'])")
 
 
 # -----------------------------------------------------------------------------
