@@ -5,6 +5,7 @@ Text becomes UTF-8 bytes, so a vocabulary of 256 ids can already write anything.
 things short: it takes the pair of neighbouring ids that occurs most often in some training text, gives it
 an id of its own, and repeats. To encode new text, the same merges are done in the order they were learned.
 Merges never cross words, which keeps the tokens meaningful and lets training count each distinct word once.
+The same class also reads the merge list that comes with CLIP, and then gives exactly CLIP's ids.
 
 >>> tok = Tokenizer.train(["low lower lowest slow"], vocab_size=261)
 >>> tok.merges                      # "l"+"o" is now 256, "lo"+"w" is 257, " "+"low" is 258
@@ -13,8 +14,6 @@ Merges never cross words, which keeps the tokens meaningful and lets training co
 [257, 258, 101, 114]
 >>> tok.decode([257, 258, 101, 114])
 'low lower'
-
-The same class also reads the merge list that comes with CLIP, and then gives exactly CLIP's ids.
 
 References:
 1) BPE for text, Sennrich et al. 2016, https://arxiv.org/abs/1508.07909
@@ -31,7 +30,6 @@ import os
 import re
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from heapq import heapify, heappop, heappush
@@ -39,7 +37,7 @@ from typing import NamedTuple
 
 FILE_FORMAT = "byte-level BPE tokenizer"  # the first field of a saved file, by which load knows its own
 CLIP_MERGES = 48894  # the merge list holds 262144, CLIP stops at this many: 49408 - 2*256 - 2
-CACHE_WORDS = 2**16  # encode remembers at most this many distinct words, some 10 MB
+CACHE_WORDS = 2**16  # the ids of this many distinct words are remembered, some 10 MB
 
 
 # -----------------------------------------------------------------------------
@@ -147,25 +145,30 @@ def apply_merges(ids, pair_ids):
 
 
 # -----------------------------------------------------------------------------
-# The two kinds of tokenizer: how they clean text, cut it into words, and number their first ids
+# The two kinds of tokenizer: how they cut text into words, and number their first ids
 
 CONTRACTIONS = "'s|'t|'re|'ve|'m|'ll|'d"
 
 
-@functools.cache
-def trained_pattern():
+def trained_words(text):
     r"""
     Cuts text into words and loses nothing: "It's  2 late_\n" -> ["It", "'s", " ", " 2", " late", "_", "\n"]
     One space goes with the word after it, digits stand alone, and of a run of white space the last space is
     left to the word that follows. Every character is in one of [^\W\d_], \d, [^\w\s], _ and \s.
     """
-    return re.compile(rf"{CONTRACTIONS}| ?[^\W\d_]+| ?\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+")
+    return re.findall(rf"{CONTRACTIONS}| ?[^\W\d_]+| ?\d| ?(?:[^\w\s]|_)+|\s+(?!\S)|\s+", text)
+
+
+def clip_words(text):
+    r"""Cleans and cuts like CLIP: " IT&#39;s\n 20  ⅷ." -> ["it", "'s", "2", "0", "ⅷ", "."]"""
+    text = html.unescape(html.unescape(text))
+    # CLIP also lets ftfy repair the text. Its `regex`, unlike `re`, takes U+001C..U+001F for no white space.
+    return clip_pattern().findall(re.sub(r"[^\S\x1c-\x1f]+", " ", text).strip().lower())
 
 
 @functools.cache
 def clip_pattern():
     r"""
-    Cuts cleaned text like CLIP, where no word has a space: "it's 20 ⅷ." -> ["it", "'s", "2", "0", "ⅷ", "."]
     CLIP needs the package `regex` for \p{L} and \p{N}, all of Unicode's letters and numbers. But \w is just
     these two and "_", so a class of the numbers (some 130 ranges) is all that Python's own `re` lacks.
     """
@@ -180,47 +183,47 @@ def clip_pattern():
     return re.compile(rf"{fixed}|[^\W_{numbers}]+|[{numbers}]|(?:[^\w \u0345]|_)+")
 
 
-def clip_clean(text):
-    r"""Cleans text like CLIP, but without ftfy's repairs: " Fish &amp;\n CHIPS" -> "fish & chips"."""
-    text = html.unescape(html.unescape(text))
-    # unlike `re`, `regex` does not count the four separators U+001C..U+001F as white space
-    return re.sub(r"[^\S\x1c-\x1f]+", " ", text).strip().lower()
+# GPT-2 had the idea to write merges of bytes as readable text: bytes that are visible in Latin-1 stand for
+# themselves, the other 68 borrow the characters from U+0100 on: a space is written "Ġ". CLIP's ids have
+# the visible ones first, so a space is 220.
+VISIBLE = bytes([*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)])
+HIDDEN = bytes(b for b in range(256) if b not in VISIBLE)
 
 
-def clip_byte_order():
-    """
-    The byte values in CLIP's order, and the symbols for them in its merge list. GPT-2 had the idea to write
-    merges of bytes as readable text: bytes that are visible in Latin-1 stand for themselves and come first,
-    the other 68 borrow the characters from U+0100 on: a space is written "Ġ" (and is the byte number 220).
-    """
-    visible = [*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)]
-    hidden = [b for b in range(256) if b not in visible]
-    return bytes(visible + hidden), [chr(b) for b in visible] + [chr(256 + n) for n in range(len(hidden))]
+def read_clip_merges(content):
+    """The bytes of CLIP's merge list, bpe_simple_vocab_16e6.txt.gz -> merges: pairs of ids."""
+    symbols = [chr(b) for b in VISIBLE] + [chr(256 + i) for i in range(len(HIDDEN))]
+    symbols += [symbol + "</w>" for symbol in symbols]
+    ids = {symbol: i for i, symbol in enumerate(symbols)}
+    merges = []
+    for line in gzip.decompress(content).decode("utf-8").split("\n")[1:CLIP_MERGES + 1]:  # [0] is a header
+        left, right = line.split(" ")
+        merges.append((ids[left], ids[right]))
+        ids[left + right] = len(ids)
+    if len(merges) < CLIP_MERGES:
+        raise ValueError(f"only {len(merges)} merges, CLIP's list has at least {CLIP_MERGES}")
+    return merges
 
 
 class Kind(NamedTuple):
     """Everything in which the kinds of tokenizer differ."""
-    clean: Callable  # text -> text, before it is cut
-    pattern: Callable  # () -> the compiled pattern that finds the words
+    words: Callable  # text -> its words, cleaned
     byte_order: bytes  # the byte that each of the ids 0..255 stands for
     marks_word_end: bool  # True: ids 256..511 are the same bytes once more, as the last one of a word
     specials: dict  # role -> how it is spelled in text, if at all; these tokens have the last ids
 
 
 KINDS = {
-    "trained": Kind(str, trained_pattern, bytes(range(256)), False, {"end": None, "pad": None}),
+    "trained": Kind(trained_words, bytes(range(256)), False, {"end": None, "pad": None}),
     # CLIP has no token for padding. Its start token is of no other use here, so that is what pads, and the
     # vocabulary stays at 49408. CLIP also finds both where a text spells them out, and so does this.
-    "clip": Kind(clip_clean, clip_pattern, clip_byte_order()[0], True,
-                 {"pad": "<|startoftext|>", "end": "<|endoftext|>"}),
+    "clip": Kind(clip_words, VISIBLE + HIDDEN, True, {"pad": "<|startoftext|>", "end": "<|endoftext|>"}),
 }
 
 
-# -----------------------------------------------------------------------------
-
 class Tokenizer:
     """
-    Text -> ids and back. Made by Tokenizer.train, Tokenizer.from_clip or Tokenizer.load.
+    Text -> ids and back. Made by Tokenizer.train or Tokenizer.load.
     len(tokenizer) is the size of the vocabulary, ids are 0 <= id < len(tokenizer);
     tokenizer.end and tokenizer.pad are the ids of the two special tokens, which stand for no text.
     """
@@ -240,8 +243,10 @@ class Tokenizer:
         self.end, self.pad = special_ids["end"], special_ids["pad"]
         self.spelled_ids = {text: special_ids[role] for role, text in self.rules.specials.items() if text}
         self.vocab += [b""] * len(special_ids)
-        self.pattern = self.rules.pattern()
-        self.cache = {}  # word -> its ids
+        self.encode_word = functools.lru_cache(CACHE_WORDS)(self.encode_word)
+
+    def __reduce__(self):
+        return Tokenizer, (self.kind, self.merges)  # pickled without what is remembered
 
     def __len__(self):
         return len(self.vocab)
@@ -258,32 +263,9 @@ class Tokenizer:
             raise ValueError(f"vocab_size is {vocab_size} but must be at least 258: 256 bytes + end + pad")
         if isinstance(texts, str):
             raise TypeError("texts is a single string but must be an iterable of strings")
-        counts = Counter(word for text in texts for word in trained_pattern().findall(text))
+        counts = Counter(word for text in texts for word in trained_words(text))
         word_counts = {tuple(word.encode("utf-8")): count for word, count in counts.items()}
         return cls("trained", learn_merges(word_counts, first_id=256, n_merges=vocab_size - 258))
-
-    @classmethod
-    def from_clip(cls, path) -> "Tokenizer":
-        """
-        Reads CLIP's merge list, bpe_simple_vocab_16e6.txt.gz. Its ids are exactly CLIP's, of which there are
-        49408. Raises ValueError if the file is missing or is not that list.
-        """
-        symbols = clip_byte_order()[1]
-        symbols += [symbol + "</w>" for symbol in symbols]
-        ids = {symbol: i for i, symbol in enumerate(symbols)}
-        merges = []
-        try:
-            with gzip.open(path, "rt", encoding="utf-8") as f:
-                lines = f.read().split("\n")[1:CLIP_MERGES + 1]  # the first line is a header
-            for line in lines:
-                left, right = line.split(" ")
-                merges.append((ids[left], ids[right]))
-                ids[left + right] = len(ids)
-        except (OSError, EOFError, zlib.error, KeyError, ValueError) as error:
-            raise ValueError(f"cannot read {path} as CLIP's list of merges ({error!r})") from error
-        if len(merges) < CLIP_MERGES:
-            raise ValueError(f"{path} has only {len(merges)} merges, CLIP's list has at least {CLIP_MERGES}")
-        return cls("clip", merges)
 
     def encode(self, text: str) -> list[int]:
         """
@@ -291,17 +273,10 @@ class Tokenizer:
         is ordinary text; a CLIP one has the ids 49406 and 49407 for "<|startoftext|>" and "<|endoftext|>".
         Raises ValueError (as UnicodeEncodeError) if text contains a lone surrogate, which is no character.
         """
-        ids = []
-        for word in self.pattern.findall(self.rules.clean(text)):
-            if word not in self.cache:
-                if len(self.cache) >= CACHE_WORDS:
-                    self.cache.clear()
-                self.cache[word] = self.encode_word(word)
-            ids += self.cache[word]
-        return ids
+        return [i for word in self.rules.words(text) for i in self.encode_word(word)]
 
     def encode_word(self, word):
-        """The ids of a single word as the pattern found it: " lower" -> (258, 101, 114)."""
+        """The ids of a single word as rules.words found it: " lower" -> (258, 101, 114)."""
         if word in self.spelled_ids:
             return (self.spelled_ids[word],)
         ids = list(word.encode("utf-8").translate(self.byte_ids))
@@ -319,9 +294,8 @@ class Tokenizer:
         if length < 1:
             raise ValueError(f"length is {length} but must be at least 1, for the end token")
         ids = [i for i in self.encode(text) if i not in (self.end, self.pad)]
-        was_cut = len(ids) > length - 1
-        ids = ids[:length - 1] + [self.end]
-        return ids + [self.pad] * (length - len(ids)), was_cut
+        padded = ids[:length - 1] + [self.end] + [self.pad] * (length - 1 - len(ids))
+        return padded, len(ids) >= length
 
     def decode(self, ids: Iterable[int]) -> str:
         """
@@ -351,26 +325,21 @@ class Tokenizer:
     @classmethod
     def load(cls, path) -> "Tokenizer":
         """
-        Reads what save wrote, or CLIP's merge list, which is gzipped.
+        Reads what save wrote, or CLIP's merge list, gzipped as it comes: its ids are exactly CLIP's 49408.
         Raises ValueError if the file is missing, damaged, or something else.
         """
         try:
             with open(path, "rb") as f:
                 content = f.read()
-            gzipped = content.startswith(b"\x1f\x8b")
-            record = None if gzipped else json.loads(content)
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"cannot read {path} as a tokenizer file ({error})") from error
-        if gzipped:
-            return cls.from_clip(path)
-        if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
-            raise ValueError(f"{path} is JSON but not a tokenizer file")
-        kind, merges = record.get("kind"), record.get("merges")
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise ValueError(f"{path} is a tokenizer file of the unknown kind {kind!r}")
-        first_id = 512 if KINDS[kind].marks_word_end else 256  # a merge may only use ids from before it
-        if not isinstance(merges, list) or not all(
-                isinstance(pair, list) and len(pair) == 2 and all(type(i) is int and 0 <= i < n for i in pair)
-                for n, pair in enumerate(merges, first_id)):
-            raise ValueError(f"{path} is a tokenizer file with damaged merges")
-        return cls(kind, merges)
+            if content.startswith(b"\x1f\x8b"):  # of a gzipped file
+                return cls("clip", read_clip_merges(content))
+            record = json.loads(content)
+            if not isinstance(record, dict) or record.get("format") != FILE_FORMAT:
+                raise ValueError("JSON of something else")
+            if record["kind"] not in KINDS:
+                raise ValueError(f"kind {record['kind']!r} is none of: {', '.join(KINDS)}")
+            if any(i < 0 for pair in record["merges"] for i in pair):
+                raise ValueError("negative ids in merges")
+            return cls(record["kind"], record["merges"])  # fails where a merge is no pair of earlier ids
+        except Exception as e:  # a damaged file fails in many ways: gzip, UTF-8, JSON, ids, ...
+            raise ValueError(f"cannot read {path} as a tokenizer file ({type(e).__name__}: {e})") from e
