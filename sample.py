@@ -24,7 +24,7 @@ References:
 import base64
 import copy
 import dataclasses
-import glob
+import functools
 import html
 import itertools
 import json
@@ -34,12 +34,12 @@ import re
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import augvae
@@ -116,33 +116,30 @@ def load(out_dir="out", **settings):
 
     Raises ValueError, a sentence, where the run is incomplete or a setting out of range.
     """
-    return Run(within_limits(SampleConfig(out_dir=out_dir, **settings))).load_biart()
-
-
-def within_limits(config):
-    return configure(dataclasses.asdict(config), "", SampleConfig)[0]
+    config, = configure(vars(SampleConfig(out_dir=out_dir, **settings)), "", SampleConfig)
+    return Run(config)
 
 
 @dataclass
 class Candidate:
     """What was generated for an input."""
-    tokens: torch.Tensor  # (n_gen,)
     order: int  # in which it was drawn; of beams, by log p
+    tokens: torch.Tensor  # (n_gen,)
     seed: int  # that gives these tokens again; None for beams
     forward: float  # log p(candidate | input), nats
     reverse: float  # log p(input | candidate), nats
 
-    def record_fields(self):
-        """What samples.json tells of it."""
-        return {"seed": self.seed,
-                "scores": {"forward": round(self.forward, 3), "reverse": round(self.reverse, 3)}}
+    def record(self, **made):
+        """What was made of it, and what samples.json tells of it besides."""
+        scores = {"forward": round(self.forward, 3), "reverse": round(self.reverse, 3)}
+        return {**made, "seed": self.seed, "scores": scores}
 
 
 class Run:
     """The models of a run in out_dir, and the settings by which they are sampled."""
 
-    def __init__(self, config):
-        """Load AugVAE, which suffices for reconstructions."""
+    def __init__(self, config, biart=True):
+        """Load AugVAE, which suffices for reconstructions, and, unless told not to, BiART."""
         self.config, self.save_dir = config, config.save_dir or config.out_dir
         self.context = Context(config.device, config.dtype, wide=False)
         if config.vae:
@@ -152,28 +149,94 @@ class Run:
             vae = build_model(AugVAE, AugVAEConfig, checkpoint)
         self.vae = vae.to(self.context.device)
         self.image_size, self.image_side = vae.config.image_size, vae.config.single_level  # pixels, tokens
+        if biart:
+            self.load_biart()
 
-    def load_biart(self):
-        """Load BiART and the tokenizer too. Raises ValueError where they belong to another run."""
-        c = self.config
-        path = os.path.join(c.out_dir, "biart_best.pt" if c.best else "biart.pt")
-        checkpoint = load_checkpoint(path, "biart")
-        self.settings = checkpoint["settings"]
-        self.tokenizer = Tokenizer.load(os.path.join(c.out_dir, "tokenizer.json"))
-        if checkpoint["augvae"] != fingerprint(self.vae):
-            raise ValueError(f"{path} was trained with another augvae than the one in {c.vae or c.out_dir}")
-        if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
-            raise ValueError(f"{path} was trained with another tokenizer than the one in {c.out_dir}")
-        self.biart = build_model(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
-        return self
+    def candidates(self, ref, to, n=1, indices=None, prefix=None):
+        """
+        The heart of all uses: generate the GEN side of inputs, look at it from both directions, and order it.
 
-    def with_settings(self, **settings):
-        """The same models, sampled by other settings. What they were loaded by (device, ...) stays."""
-        other = copy.copy(self)
-        other.config = within_limits(dataclasses.replace(self.config, **settings))
-        return other
+        ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
+        indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ...
+        -> for each input a list of n Candidates in the order drawn; with --rerank all of them, best first.
+        """
+        c, n = self.config, max(n, self.config.rerank)
+        with self.context.autocast():
+            if to == "text" and c.beam:
+                tokens, _ = self.biart.beam_search(ref, c.beam, prefix, c.length_penalty, c.guidance)
+                seeds = [[None] * c.beam for _ in ref]
+            else:
+                seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices or range(len(ref))]
+                tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
+                                             seeds=[seed for row in seeds for seed in row])
+            tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
+            forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
+        groups = [[Candidate(*fields) for fields in zip(itertools.count(), *of_input)]
+                  for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist())]
+        if c.rerank > 1:
+            for group in groups:
+                group.sort(key=lambda x: self.rerank_score(x.forward, x.reverse), reverse=True)
+        return groups
 
-    # -------------------------------------------------------------------------
+    def rerank_score(self, forward, reverse):
+        """
+        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely
+        it is itself, without which a crippled circle passes for a circle.
+        """
+        share = self.config.rerank_forward
+        return share * forward + (1 - share) * reverse
+
+    def paint_all(self, prompts, n=1, images=None):
+        """
+        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
+        "scores"}. images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
+        """
+        n_kept = self.config.keep_rows * self.image_side
+        for indices in self.input_batches(len(prompts), n, "painting"):
+            text = self.tokenize([prompts[i] for i in indices])
+            prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
+            for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix)):
+                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
+                yield [candidate.record(picture=data.to_image(x), prompt=prompts[i])
+                       for x, candidate in zip(pixels, group)]
+
+    def caption_all(self, images, n=1):
+        """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
+        ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
+        if len(ids) >= n_text:
+            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
+        for indices in self.input_batches(len(images), n, "captioning"):
+            codes, pixels = self.encode([images[i] for i in indices])
+            prefix = codes.new_tensor(ids).expand(len(indices), -1)
+            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
+                yield [candidate.record(picture=data.to_image(x), caption=self.detokenize(candidate.tokens))
+                       for candidate in group[:n]]
+
+    def input_batches(self, count, n, task):
+        """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
+        drawn = max(n, self.config.rerank, self.config.beam)
+        return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
+
+    # From Python, one input at a time; settings of SampleConfig hold for this call
+
+    def paint(self, prompt, n=1, image=None, **settings):
+        """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
+        run, images = self.with_settings(**settings), [image] if image else None
+        if bool(images) != bool(run.config.keep_rows):
+            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
+        return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
+
+    def caption(self, image, n=1, **settings):
+        """A PIL image -> n captions."""
+        return [record["caption"] for record in next(self.with_settings(**settings).caption_all([image], n))]
+
+    def score(self, caption, image):
+        """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
+        text, codes = self.tokenize([caption]), self.encode([image])[0]
+        with self.context.autocast():
+            t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
+        return {"t2i": t2i.item(), "i2t": i2t.item()}
+
     # Between pictures or words, and tokens
 
     def encode(self, images):
@@ -187,119 +250,43 @@ class Run:
         """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
         sides = self.vae.config.grids
         flat = codes.split([side ** 2 for side in sides], dim=1)
-        grids = [grid.unflatten(1, (side, side)) for grid, side in zip(flat, sides)]
         with self.context.autocast():
-            return self.vae.decode(grids).float()
+            return self.vae.decode([grid.unflatten(1, (s, s)) for grid, s in zip(flat, sides)]).float()
 
     def tokenize(self, captions):
         """Captions -> LongTensor (B, n_text); says so where one is cut."""
-        n_text, rows = self.biart.config.n_text, []
-        for caption in captions:
-            ids, cut = self.tokenizer.encode_padded(caption, n_text)
-            rows.append(ids)
+        n_text = self.biart.config.n_text
+        rows = [self.tokenizer.encode_padded(caption, n_text) for caption in captions]
+        for ids, cut in rows:
             if cut:
-                kept = self.tokenizer.decode(ids)
-                print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to {kept!r}",
-                      file=sys.stderr)
-        return torch.tensor(rows, device=self.context.device)
+                print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to "
+                      f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
+        return torch.tensor([ids for ids, _ in rows], device=self.context.device)
 
     def detokenize(self, tokens):
         """LongTensor (n_text,) -> caption."""
         return self.tokenizer.decode(tokens.tolist()).strip()
 
-    # -------------------------------------------------------------------------
-    # Sampling
+    # Models and settings
 
-    def candidates(self, ref, to, n=1, indices=None, prefix=None):
-        """
-        The heart of all uses: generate the GEN side of inputs, look at it from both directions, and order it.
+    def load_biart(self):
+        """BiART and the tokenizer. Raises ValueError where they belong to another run."""
+        c = self.config
+        path = os.path.join(c.out_dir, "biart_best.pt" if c.best else "biart.pt")
+        checkpoint = load_checkpoint(path, "biart")
+        self.settings = checkpoint["settings"]
+        self.tokenizer = Tokenizer.load(os.path.join(c.out_dir, "tokenizer.json"))
+        if checkpoint["augvae"] != fingerprint(self.vae):
+            raise ValueError(f"{path} was trained with another augvae than the one in {c.vae or c.out_dir}")
+        if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
+            raise ValueError(f"{path} was trained with another tokenizer than the one in {c.out_dir}")
+        self.biart = build_model(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
 
-        ref (B, n_ref): text for to="image", image codes for to="text". indices: the numbers of these inputs,
-        by which their seeds are chosen; None: 0, 1, 2, ... prefix (B, m): the first GEN tokens.
-        -> for each input a list of n Candidates in the order drawn; with --rerank all of them, best first.
-        """
-        c, beam = self.config, self.config.beam if to == "text" else 0
-        n = max(n, c.rerank)
-        indices = range(len(ref)) if indices is None else indices
-        seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices]
-        with self.context.autocast():
-            if beam:
-                tokens, _ = self.biart.beam_search(ref, beam, prefix, c.length_penalty, c.guidance)
-                seeds = [[None] * beam for _ in ref]
-            else:
-                tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
-                                             seeds=[seed for row in seeds for seed in row])
-            tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
-            forward, reverse = (log_p.tolist() for log_p in self.biart.score_candidates(ref, tokens, to))
-        groups = []
-        for i in range(len(ref)):
-            group = [Candidate(tokens[i, j], j, seeds[i][j], forward[i][j], reverse[i][j])
-                     for j in range(tokens.shape[1])]
-            if c.rerank > 1:
-                group.sort(key=lambda x: self.rerank_score(x.forward, x.reverse), reverse=True)
-            groups.append(group)
-        return groups
-
-    def rerank_score(self, forward, reverse):
-        """
-        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely
-        it is itself, without which a crippled circle passes for a circle.
-        """
-        share = self.config.rerank_forward
-        return share * forward + (1 - share) * reverse
-
-    def input_batches(self, count, n, task):
-        """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
-        drawn = max(n, self.config.rerank, self.config.beam)
-        return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
-
-    def paint_all(self, prompts, n=1, images=None):
-        """
-        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
-        "scores"}. images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
-        """
-        n_kept = self.config.keep_rows * self.image_side
-        for indices in self.input_batches(len(prompts), n, "painting"):
-            text = self.tokenize([prompts[i] for i in indices])
-            prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
-            groups = self.candidates(text, "image", n, indices, prefix)
-            for i, group in zip(indices, groups):
-                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
-                yield [{"picture": data.to_image(x), "prompt": prompts[i], **candidate.record_fields()}
-                       for x, candidate in zip(pixels, group)]
-
-    def caption_all(self, images, n=1):
-        """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
-        ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
-        if len(ids) >= n_text:
-            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
-        for indices in self.input_batches(len(images), n, "captioning"):
-            codes, pixels = self.encode([images[i] for i in indices])
-            prefix = codes.new_tensor(ids).expand(len(indices), -1)
-            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
-                yield [{"picture": data.to_image(x), "caption": self.detokenize(candidate.tokens),
-                        **candidate.record_fields()} for candidate in group[:n]]
-
-    # From Python, one input at a time; settings of SampleConfig hold for this call
-
-    def paint(self, prompt, n=1, image=None, **settings):
-        """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
-        run, images = self.with_settings(**settings), [image] if image else None
-        if bool(images) != bool(run.config.keep_rows):
-            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
-        return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
-
-    def caption(self, image, n=1, **settings):
-        """A PIL image -> n captions."""
-        run = self.with_settings(**settings)
-        return [record["caption"] for record in next(run.caption_all([image], n))]
-
-    def score(self, caption, image):
-        """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
-        text, codes = self.tokenize([caption]), self.encode([image])[0]
-        with self.context.autocast():
-            t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
-        return {"t2i": t2i.item(), "i2t": i2t.item()}
+    def with_settings(self, **settings):
+        """The same models, sampled by other settings. What they were loaded by (device, ...) stays."""
+        other = copy.copy(self)
+        other.config, = configure(vars(dataclasses.replace(self.config, **settings)), "", SampleConfig)
+        return other
 
 
 # -----------------------------------------------------------------------------
@@ -307,11 +294,7 @@ class Run:
 
 def read_prompts(path):
     """The lines of a text file, blank ones left out."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            prompts = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"--prompts {path} is not a text file that can be read ({e})") from None
+    prompts = [line.strip() for line in data.read_lines(path) if line.strip()]
     if not prompts:
         raise ValueError(f"{path} holds no prompt")
     return prompts
@@ -319,59 +302,53 @@ def read_prompts(path):
 
 def read_images(run, paths):
     """
-    Image files, and folders of them in the order of their names -> [path], [PIL image, cropped to what the
-    model takes]. A folder's unreadable images are passed over with a warning. Raises ValueError for a file
-    that is no image, and for a folder that holds none.
+    Image files, and folders of them in the order of their names -> [{"image": path, "picture": PIL image,
+    cropped to what the model takes}]. A folder's unreadable images are passed over with a warning.
+    Raises ValueError for a file that is no image, and for a folder that holds none.
     """
-    files, images = [], []
+    records = []
     for path in paths:
-        is_folder, n_before = os.path.isdir(path), len(images)
-        for file in image_files(path) if is_folder else [path]:
+        is_folder, n_before = os.path.isdir(path), len(records)
+        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if is_folder else [path]
+        for file in filter(data.is_image, files) if is_folder else files:
             try:
-                image = data.load_image(file)
-            except ValueError as e:
+                pixels = data.crop_to_tensor(data.load_image(file), run.image_size)
+                records.append({"image": file, "picture": data.to_image(pixels)})
+            except data.Unreadable as e:
                 if not is_folder:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
-                continue
-            files.append(file)
-            images.append(data.to_image(data.crop_to_tensor(image, run.image_size)))
-        if len(images) == n_before:
+        if len(records) == n_before:
             raise ValueError(f"there is no image in the folder {path}")
-    return files, images
-
-
-def image_files(folder):
-    """Paths of the files in a folder whose ending Pillow knows, by name."""
-    return [os.path.join(folder, name) for name in sorted(os.listdir(folder))
-            if os.path.splitext(name)[1].lower() in Image.registered_extensions()]
+    return records
 
 
 def save_samples(run, name, groups, columns):
     """
-    Write what is made, lists of records that belong together, as it comes: every picture by itself as
-    {name}_{i}.png, all on {name}.png (past 64 rows, on {name}_sheet_2.png, ...) with words below, and all
-    that is known in samples.json.
+    Write what is made, lists of records that belong together: every picture by itself, as it comes, as
+    {name}_{i}.png; all that is known in samples.json; and all pictures, with words below, on {name}.png, past
+    64 rows on {name}_sheet_2.png, ...
     """
-    records, entries = itertools.chain.from_iterable(groups), []
-    for page in itertools.count(1):
-        sheet = []
-        for record in itertools.islice(records, 64 * columns):
-            file = f"{name}_{len(entries)}.png"
-            path = os.path.join(run.save_dir, file)
-            record["picture"].save(path)
-            sheet.append(record)
-            entries.append({"file": file, **{key: record[key] for key in record if key != "picture"}})
-            print(f"{record.get('image', path)}: {label(run, record)}")
-        if not sheet:
-            return
+    entries = []
+    for record in itertools.chain.from_iterable(groups):
+        entry = {"file": f"{name}_{len(entries)}.png", **record}
+        path = os.path.join(run.save_dir, entry["file"])
+        entry.pop("picture").save(path)
+        entries.append(entry)
+        print(f"{record.get('image', path)}: {label(run, record)}")
+    save_json(run, "samples", entries)
+    for page, start in enumerate(range(0, len(entries), 64 * columns), 1):
+        sheet = entries[start:start + 64 * columns]
+        pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in sheet]
         path = os.path.join(run.save_dir, f"{name}_sheet_{page}.png" if page > 1 else f"{name}.png")
-        pictures, labels = [record["picture"] for record in sheet], [label(run, record) for record in sheet]
-        data.contact_sheet(pictures, labels, columns).save(path)
-        with open(os.path.join(run.save_dir, "samples.json"), "w", encoding="utf-8") as f:
-            made = {"settings": dataclasses.asdict(run.config), "samples": entries}
-            json.dump(made, f, indent=1, ensure_ascii=False)
+        data.contact_sheet(pictures, [label(run, entry) for entry in sheet], columns).save(path)
         print(f"wrote {path}")
+
+
+def save_json(run, name, made):
+    """{name}.json: what was made, and by which settings."""
+    with open(os.path.join(run.save_dir, f"{name}.json"), "w", encoding="utf-8") as f:
+        json.dump({"settings": dataclasses.asdict(run.config), name: made}, f, indent=1, ensure_ascii=False)
 
 
 def label(run, record):
@@ -388,42 +365,36 @@ def sheet_columns(group_size):
     return group_size if 2 <= group_size <= 16 else 8
 
 
-def save_reconstructions(run, paths, images):
-    """The images over what their tokens keep of them."""
-    def groups():
-        for indices in data.progress(range(len(images)), 8, "reconstruction"):
-            codes, pixels = run.encode([images[i] for i in indices])
-            yield [{"picture": data.to_image(x), "image": paths[i]} for i, x in zip(indices, pixels)]
-            yield [{"picture": data.to_image(x), "image": f"{paths[i]}, its tokens"}
-                   for i, x in zip(indices, run.decode(codes))]
-
-    save_samples(run, "reconstructed", groups(), min(8, len(images)))
+def reconstructions(run, shown):
+    """read_images()'s records -> yields rows: the images, and below them what their tokens keep of them."""
+    for row in data.progress(shown, 8, "reconstruction"):
+        codes, _ = run.encode([record["picture"] for record in row])
+        yield row
+        yield [{"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}
+               for record, x in zip(row, run.decode(codes))]
 
 
-def save_captions(run, paths, images):
+def save_captions(run, shown):
     """n captions of each image."""
     n = min(run.config.n, run.config.beam or run.config.n)
-    groups = ([{"image": path, **record} for record in group]
-              for path, group in zip(paths, run.caption_all(images, n)))
+    captioned = run.caption_all([record["picture"] for record in shown], n)
+    groups = ([{**image, **record} for record in group] for image, group in zip(shown, captioned))
     save_samples(run, "captioned", groups, sheet_columns(n))
 
 
-def save_repaintings(run, paths, images):
+def save_repaintings(run, shown):
     """Each image, then n more that begin with its first rows: painted by --prompt, or by its captions."""
-    c, n = run.config, run.config.n
+    c, n, images = run.config, run.config.n, [record["picture"] for record in shown]
     if c.keep_rows >= run.image_side:
         raise ValueError(f"--keep_rows {c.keep_rows} is not in 1 to {run.image_side - 1}, "
                          f"of {run.image_side} rows of tokens")
+    prompts, n_each = [c.prompt] * len(images), n
     if c.variations:
-        n = min(n, c.beam or n)
+        n, n_each = min(n, c.beam or n), 1
         prompts = [record["caption"] for group in run.caption_all(images, n) for record in group]
-        repeated = [image for image in images for _ in range(n)]
-        one_by_one = itertools.chain.from_iterable(run.paint_all(prompts, 1, repeated))
-        painted = (list(itertools.islice(one_by_one, n)) for _ in images)
-    else:
-        painted = run.paint_all([c.prompt] * len(images), n, images)
-    groups = ([{"picture": image, "image": path}, *group]
-              for path, image, group in zip(paths, images, painted))
+        images = [image for image in images for _ in range(n)]
+    painted = itertools.chain.from_iterable(run.paint_all(prompts, n_each, images))
+    groups = ([record, *itertools.islice(painted, n)] for record in shown)
     save_samples(run, "repainted", groups, sheet_columns(n + 1))
 
 
@@ -431,9 +402,9 @@ def save_both_directions(run, dataset):
     """Validation items: what is painted of a caption of each, over what is said of its image."""
     items, columns = range(len(dataset)), min(8, len(dataset))
     references = [dataset.captions(i) for i in items]
-    painted = [group[0] for group in run.paint_all([captions[0] for captions in references])]
-    captioned = [{"references": captions, **group[0]}
-                 for captions, group in zip(references, run.caption_all([dataset.image(i) for i in items]))]
+    painted = [record for record, in run.paint_all([captions[0] for captions in references])]
+    captioned = [{"references": captions, **record} for captions, (record,) in
+                 zip(references, run.caption_all([dataset.image(i) for i in items]))]
     rows = [records[i:i + columns] for i in items[::columns] for records in (painted, captioned)]
     save_samples(run, "samples", rows, columns)
 
@@ -456,10 +427,10 @@ def ssim(x, y, sample_covariance=False):
     Images (B, C, H, W) in [0, 1], twice, 11 pixels or more -> structural similarity (B,) in Gaussian windows
     of 11 x 11, sigma 1.5, as in Wang et al. 2004. sample_covariance divides by N - 1, scikit-image's default.
     """
-    window = torch.exp(-torch.arange(-5, 6, device=x.device).double().square() / (2 * 1.5 ** 2))
+    B, device = len(x), "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs lack float64
+    x, y = (z.to(device).double().flatten(0, 1)[:, None] for z in (x, y))  # (B * C, 1, H, W)
+    window = torch.exp(-torch.arange(-5, 6, device=device).double().square() / (2 * 1.5 ** 2))
     window = torch.outer(window, window)[None, None] / window.sum() ** 2
-    B = len(x)
-    x, y = (z.double().flatten(0, 1)[:, None] for z in (x, y))  # (B * C, 1, H, W)
     mx, my, xx, yy, xy = (F.conv2d(z, window) for z in (x, y, x * x, y * y, x * y))
     norm = 121 / 120 if sample_covariance else 1
     vx, vy, vxy = norm * (xx - mx * mx), norm * (yy - my * my), norm * (xy - mx * my)
@@ -472,18 +443,6 @@ def ssim(x, y, sample_covariance=False):
 FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
             ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
              "pt_inception-2015-12-05-6726825d.pth"))
-
-
-class WithPool(nn.Module):
-    """A block of torchvision's Inception with another pooling in its last branch."""
-
-    def __init__(self, block, pool):
-        super().__init__()
-        self.block, self.pool = block, pool
-
-    def forward(self, x):
-        pooled = self.block.branch_pool(self.pool(x))
-        return torch.cat([self.block(x)[:, :-pooled.shape[1]], pooled], dim=1)
 
 
 class FIDInception(nn.Module):
@@ -500,12 +459,18 @@ class FIDInception(nn.Module):
             net.load_state_dict(augvae.safe_load(path))
         except (RuntimeError, TypeError):  # other names, shapes or things
             raise ValueError(f"{path} does not hold FID's Inception, {FID_FILE[0]}") from None
-        for name, block in list(net.named_children()):
+        for block in net.children():
             if hasattr(block, "branch_pool"):
-                average = nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False)
-                setattr(net, name, WithPool(block, nn.MaxPool2d(3, 1, 1) if name == "Mixed_7c" else average))
+                block.register_forward_hook(self.pool_anew)
         net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False)
+
+    def pool_anew(self, block, inputs, output):
+        """A block's output with its last branch, of branch_pool's channels, computed behind FID's pooling."""
+        pooled = (F.max_pool2d(*inputs, 3, stride=1, padding=1) if block is self.net.Mixed_7c else
+                  F.avg_pool2d(*inputs, 3, stride=1, padding=1, count_include_pad=False))
+        branch = block.branch_pool(pooled)
+        return torch.cat([output[:, :-branch.shape[1]], branch], dim=1)
 
     @torch.no_grad()
     def forward(self, pictures):
@@ -569,10 +534,9 @@ def bleu(captions, references):
         allowed = Counter()  # an n-gram counts as often as the reference that has most of it
         for other in others:
             allowed |= ngrams(other)
-        for gram, count in (ngrams(words) & allowed).items():
-            matched[len(gram) - 1] += count
-        for n in range(4):
-            total[n] += max(0, len(words) - n)
+        for gram, count in ngrams(words).items():
+            matched[len(gram) - 1] += min(count, allowed[gram])
+            total[len(gram) - 1] += count
         length += len(words)
         reference_length += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
     brevity = math.exp(min(0, 1 - (reference_length + 1e-9) / (length + 1e-15)))
@@ -611,24 +575,20 @@ def cider_d(captions, references):
     """
     documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
 
-    def tf_idf(words):
-        """-> {n-gram: weight} for each n of 1 to 4, and the norms of these four vectors."""
-        vectors = [{} for _ in range(4)]
-        for gram, count in ngrams(words).items():
-            idf = math.log(len(captions)) - math.log(max(1, documents[gram]))
-            vectors[len(gram) - 1][gram] = count * idf
-        return vectors, [math.sqrt(sum(v * v for v in vector.values())) for vector in vectors]
+    def tf_idf(words, n):
+        """-> {n-gram: weight}, and the norm of this vector."""
+        vector = {gram: count * (math.log(len(captions)) - math.log(max(1, documents[gram])))
+                  for gram, count in ngrams(words).items() if len(gram) == n}
+        return vector, math.sqrt(sum(v * v for v in vector.values()))
 
     total = 0.0
     for words, others in zip(captions, references):
-        x, x_norms = tf_idf(words)
-        for other in others:
-            y, y_norms = tf_idf(other)
+        for other, n in itertools.product(others, range(1, 5)):
+            (x, x_norm), (y, y_norm) = tf_idf(words, n), tf_idf(other, n)
+            product = sum(min(v, y[gram]) * y[gram] for gram, v in x.items() if gram in y)
             # the reference package counts bigrams, so an empty caption is as long as one word
-            penalty = math.exp(-(max(0, len(words) - 1) - max(0, len(other) - 1)) ** 2 / (2 * 6.0 ** 2))
-            for n in range(4):
-                product = sum(min(v, y[n][gram]) * y[n][gram] for gram, v in x[n].items() if gram in y[n])
-                total += 10 / 4 * penalty * product / (x_norms[n] * y_norms[n] or 1) / len(others)
+            penalty = math.exp(-(max(1, len(words)) - max(1, len(other))) ** 2 / (2 * 6.0 ** 2))
+            total += 10 / 4 * penalty * product / (x_norm * y_norm or 1) / len(others)
     return total / len(captions)
 
 
@@ -659,16 +619,18 @@ def load_metric(run, network, files):
 
 def evaluate(run, val, heldout):
     """
-    -> the scores of all of these, by name; those of `heldout`, the built-in scenes' split of things never
-    seen (or None), with "_heldout" behind their names. See the functions below.
+    Score on --eval_items of each data set -> all scores below by name, which scores.json gets, too. Those of
+    `heldout`, the built-in scenes' split of things never seen (or None), have "_heldout" behind their names.
     """
     inception = load_metric(run, FIDInception, {"fid_weights": FID_FILE})
-    is_scenes = heldout is not None
+    val, unseen = (part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout))
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
-              **generation_scores(run, val, is_scenes, inception)}
-    if is_scenes:
-        unseen = generation_scores(run, heldout, is_scenes, inception)
-        scores.update({f"{name}_heldout": value for name, value in unseen.items()})
+              **generation_scores(run, val, bool(unseen), inception)}
+    if unseen:
+        found = generation_scores(run, unseen, True, inception)
+        scores.update({f"{name}_heldout": value for name, value in found.items()})
+    scores = {name: round(value, 4) for name, value in scores.items()}
+    save_json(run, "scores", scores)
     return scores
 
 
@@ -688,7 +650,7 @@ def reconstruction_scores(run, val, inception=None):
                                             "lpips_weights": augvae.LPIPS_FILE})
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
-    values, features = {name: [] for name in metrics}, ([], [])
+    values, pictures = {name: [] for name in metrics}, ([], [])
     counts = torch.zeros(run.vae.config.codebook_size)
     for indices in data.progress(range(len(val)), 50, "reconstruction"):
         codes, originals = run.encode([val.image(i) for i in indices])
@@ -697,11 +659,11 @@ def reconstruction_scores(run, val, inception=None):
             values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         if inception:
-            for parts, pixels in zip(features, (originals, reconstructed)):
-                parts.append(inception([data.to_image(x) for x in pixels]))
+            for kept, pixels in zip(pictures, (originals, reconstructed)):
+                kept += map(data.to_image, pixels)
     scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
-        scores["rfid"] = frechet_distance(*map(torch.cat, features))
+        scores["rfid"] = frechet_distance(*map(inception, pictures))
     scores["codebook_use"], scores["perplexity"] = codebook_use(counts)
     return scores
 
@@ -730,12 +692,11 @@ def likelihood_scores(run, val):
 def retrieval_ranks(run, sides, query, answer):
     """For each of --eval_pairs queries: how many answers explain it better than its own does."""
     n, ranks = min(run.config.eval_pairs, len(sides[query])), []
-    for indices in data.progress(range(n), 16, f"retrieval of {answer}"):
-        for i in indices:
-            pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
-            with run.context.autocast():
-                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
-            ranks.append((log_p > log_p[i]).sum().item())
+    for [i] in data.progress(range(n), 1, f"retrieval of {answer}"):
+        pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
+        with run.context.autocast():
+            log_p, _ = run.biart.log_likelihood(**pairs, to=query)
+        ranks.append((log_p > log_p[i]).sum().item())
     return ranks
 
 
@@ -751,47 +712,40 @@ def generation_scores(run, dataset, is_scenes, inception=None):
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
     prompts, references = one_caption_each(dataset), [dataset.captions(i) for i in range(len(dataset))]
-    originals = []
-    painted, captions = {suffix: [] for suffix in pick}, {suffix: [] for suffix in pick}
+    originals, painted, captions = [], {suffix: [] for suffix in pick}, {suffix: [] for suffix in pick}
     for indices in run.input_batches(len(dataset), 1, "painting and captioning"):
         codes, pixels = run.encode([dataset.image(i) for i in indices])
-        originals += [data.to_image(x) for x in pixels]
+        originals += map(data.to_image, pixels)
         text = run.tokenize([prompts[i] for i in indices])
         image_groups = run.candidates(text, "image", indices=indices)
         text_groups = run.candidates(codes, "text", indices=indices)
         for suffix, choose in pick.items():
             chosen = torch.stack([choose(group).tokens for group in image_groups])
-            painted[suffix] += [data.to_image(x) for x in run.decode(chosen)]
+            painted[suffix] += map(data.to_image, run.decode(chosen))
             captions[suffix] += [run.detokenize(choose(group).tokens) for group in text_groups]
     scores = {}
     for suffix in pick:
         found = caption_scores(captions[suffix], references)
         if is_scenes:
-            found.update(exact_scores(painted[suffix], captions[suffix], references))
+            facts = [data.parse_caption(others[0]) for others in references]
+            for name, read, made in (("t2i_exact", data.read_scene, painted),
+                                     ("i2t_exact", data.parse_caption, captions)):
+                found[name] = fmean(read(x) == fact for x, fact in zip(made[suffix], facts))
         if inception:
             found["fid"] = frechet_distance(inception(originals), inception(painted[suffix]))
         scores.update({name + suffix: value for name, value in found.items()})
     return scores
 
 
-def exact_scores(pictures, captions, references):
-    """-> {"t2i_exact", "i2t_exact"}: the shares of scenes that say what the first reference says."""
-    facts = [data.parse_caption(others[0]) for others in references]
-    return {"t2i_exact": fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts)),
-            "i2t_exact": fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))}
-
-
 # -----------------------------------------------------------------------------
 # A page of it all
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>{name}</title><style>
-body {{font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}} \
-td {{padding: 1px 12px 1px 0}}
-img {{max-width: 100%}} figure {{margin: 0 0 1em}} .grid {{display: flex; flex-wrap: wrap; gap: 12px}}
-.grid figure {{width: 150px; font-size: 12px}} .grid img {{width: 150px; image-rendering: pixelated}}
-</style><h1>{name}</h1>
-{body}
-"""
+STYLE = """<!doctype html><meta charset="utf-8"><style>
+body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
+td {padding: 1px 12px 1px 0} img {max-width: 100%} figure {margin: 0 0 1em}
+.grid {display: flex; flex-wrap: wrap; gap: 12px; font-size: 12px}
+.grid figure, .grid img {width: 150px; image-rendering: pixelated}
+</style>"""
 
 
 def html_figure(path, *lines):
@@ -809,39 +763,33 @@ def html_table(rows):
     return f"<table>{''.join(cells)}</table>"
 
 
-def stage_pictures(run, stage):
-    """Paths of a stage's loss curve and of up to four of its grids of pictures, first and last among them."""
-    stem = os.path.join(run.config.out_dir, stage)
-    grids = sorted(glob.glob(f"{glob.escape(stem)}_[0-9]*.png"), key=lambda path: (len(path), path))
-    chosen = sorted({i * (len(grids) - 1) // 3 for i in range(4)}) if grids else []
-    return [*glob.glob(f"{glob.escape(stem)}_loss.png"), *(grids[i] for i in chosen)]
+def html_samples(run, entries):
+    """What samples.json lists, as a grid of pictures."""
+    about = [[f"{key}: {entry[key]}" for key in ("seed", "scores", "references") if key in entry]
+             for entry in entries]
+    figures = [html_figure(os.path.join(run.save_dir, entry["file"]), label(run, entry), *lines)
+               for entry, lines in zip(entries, about)]
+    return f'<div class="grid">{"".join(figures)}</div>'
 
 
 def write_page(run):
     """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
-    parts, about = [], ("seed", "scores", "references")
-    for name in ("scores", "samples"):
-        path = os.path.join(run.save_dir, f"{name}.json")
-        if not os.path.exists(path):
-            continue
-        with open(path, encoding="utf-8") as f:
-            made = json.load(f)
-        if name == "scores":
-            body = html_table(made["scores"])
-        else:
-            figures = [html_figure(os.path.join(run.save_dir, entry["file"]), label(run, entry),
-                                   *(f"{key}: {entry[key]}" for key in about if key in entry))
-                       for entry in made["samples"]]
-            body = f'<div class="grid">{"".join(figures)}</div>'
-        parts += [f"<h2>{name}</h2>", body,
-                  f"<details><summary>settings</summary>{html_table(made['settings'])}</details>"]
-    for stage in STAGES:
-        figures = [html_figure(path, os.path.basename(path)) for path in stage_pictures(run, stage)]
+    out_dir = Path(run.config.out_dir).absolute()
+    title = html.escape(out_dir.name)
+    parts = [STYLE, f"<title>{title}</title><h1>{title}</h1>"]
+    for name, show in (("scores", html_table), ("samples", functools.partial(html_samples, run))):
+        path = Path(run.save_dir, f"{name}.json")
+        if path.exists():
+            made = json.loads(path.read_text(encoding="utf-8"))
+            parts += [f"<h2>{name}</h2>", show(made[name]),
+                      f"<details><summary>settings</summary>{html_table(made['settings'])}</details>"]
+    for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
+        grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
+        chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
+        figures = [html_figure(path, path.name) for path in (*out_dir.glob(f"{stage}_loss.png"), *chosen)]
         parts += [f"<h2>{stage}</h2>", *figures] if figures else []
-    path = os.path.join(run.save_dir, "page.html")
-    title = html.escape(os.path.basename(os.path.abspath(run.config.out_dir)))
-    with open(path, "w", encoding="utf-8") as f:
-        f.write(PAGE.format(name=title, body="\n".join(parts)))
+    path = Path(run.save_dir, "page.html")
+    path.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {path}")
 
 
@@ -872,39 +820,33 @@ def bench(config, rounds=3):
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
     memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
     bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
-    measured = {"tokens_per_s": {}, "share_of_floor": {}}
-    for batch in (1, 8):
-        taken = seconds(short, batch)
+    speed, share_of_floor, one = {}, {}, seconds(short, 1)
+    for batch, taken in ((1, one), (8, seconds(short, 8))):
         # keys and values of 64 to 320 tokens
         cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2
         floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
-        measured["tokens_per_s"][str(batch)] = batch * 256 / taken
-        measured["share_of_floor"][str(batch)] = floor / taken
+        speed[str(batch)], share_of_floor[str(batch)] = batch * 256 / taken, floor / taken
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
-              f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows",
-              flush=True)
-        if batch == 1:
-            measured["guidance_cost"] = seconds(short, 1, guidance=2.0) / taken
-            measured["image_s"] = seconds(whole, 1)
-            measured["growth"] = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (taken / 256)
-            print("guidance costs {guidance_cost:.2f} times as much; "
-                  "a whole image of 1024 tokens takes {image_s:.1f} s; "
-                  "a token at its end takes {growth:.2f} times as long".format(**measured), flush=True)
-    return {**measured, "median_s": 256 / measured["tokens_per_s"]["1"],
-            "peak_gb": context.peak_gb() - before, "device": context.device_name(),
-            "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
+              f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows")
+    guidance, image = seconds(short, 1, guidance=2.0) / one, seconds(whole, 1)
+    growth = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (one / 256)
+    print(f"guidance costs {guidance:.2f} times as much; a whole image of 1024 tokens takes {image:.1f} s; "
+          f"a token at its end takes {growth:.2f} times as long")
+    measured = {"tokens_per_s": speed, "share_of_floor": share_of_floor, "guidance_cost": guidance,
+                "image_s": image, "growth": growth, "median_s": one, "peak_gb": context.peak_gb() - before,
+                "device": context.device_name(), "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
+    if config.json:
+        print(json.dumps(measured))
 
 
 # -----------------------------------------------------------------------------
 # The command line
 
-def check_uses(config, given):
+def check_uses(c, given):
     """Raises ValueError, a sentence, for settings that do not go together."""
-    c = config
-    for name, what in (("prompt", "a caption"), ("prompts", "a file"), ("image", "an image file"),
-                       ("prefix", "words")):
+    for name in ("prompt", "prompts", "image", "prefix", "reconstruct"):
         if name in given and not "".join(given[name]).strip():
-            raise ValueError(f"--{name} is empty: give it {what}")
+            raise ValueError(f"--{name} is empty")
     uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
     mistakes = [
@@ -937,39 +879,27 @@ def open_validation(run, given):
     return val, data.open_data(config, "heldout") if config.data == "scenes" else None
 
 
-def save_scores(run, val, heldout):
-    """Score on --eval_items of each data set -> scores, which scores.json gets, too."""
-    parts = [part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout)]
-    scores = {name: round(value, 4) for name, value in evaluate(run, *parts).items()}
-    with open(os.path.join(run.save_dir, "scores.json"), "w", encoding="utf-8") as f:
-        json.dump({"settings": dataclasses.asdict(run.config), "scores": scores}, f, indent=1)
-    return scores
-
-
 def main(argv):
     given = Parser((SampleConfig, DataConfig), {}, description=__doc__).settings(argv)
     config, = configure(given, "", SampleConfig)
     check_uses(config, given)
     if config.bench:
-        measured = bench(config)
-        if config.json:
-            print(json.dumps(measured))
-        return
+        return bench(config)
     prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
-    run, scores = Run(config), None
+    run, scores = Run(config, biart=not config.reconstruct), None
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
-        save_reconstructions(run, *read_images(run, config.reconstruct))
+        shown = read_images(run, config.reconstruct)
+        save_samples(run, "reconstructed", reconstructions(run, shown), min(8, len(shown)))
     elif config.image:
         save = save_repaintings if config.prompt or config.variations else save_captions
-        save(run.load_biart(), *read_images(run, config.image))
+        save(run, read_images(run, config.image))
     elif config.prompt or config.prompts:
-        groups = run.load_biart().paint_all(prompts, config.n)
-        save_samples(run, "painted", groups, sheet_columns(config.n))
+        save_samples(run, "painted", run.paint_all(prompts, config.n), sheet_columns(config.n))
     else:
-        val, heldout = open_validation(run.load_biart(), given)
+        val, heldout = open_validation(run, given)
         if config.eval:
-            scores = save_scores(run, val, heldout)
+            scores = evaluate(run, val, heldout)
         else:
             save_both_directions(run, data.validation_subset(val, config.n))
     if config.html:

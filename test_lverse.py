@@ -3456,9 +3456,9 @@ def test_bad_uses_are_refused(finished, tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"no weights")
     image = ["--image", str(picture)]
     for arguments, message in [
-        (["--prompts", "absent.txt"], "--prompts absent.txt is not a text file that can be read"),
+        (["--prompts", "absent.txt"], "there is no file 'absent.txt'"),
         (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
-        (["--prompts", str(tmp_path / "latin1.txt")], "not a text file"),
+        (["--prompts", str(tmp_path / "latin1.txt")], "is not UTF-8"),
         (["--image", str(empty)], "no image in the folder"),
         ([*image, "--prompt", "a cross"], "--keep_rows"),
         ([*image, "--prompt", "a cross", "--keep_rows=8"], "8 is not in 1 to 7"),
