@@ -283,43 +283,39 @@ class Unreadable(ValueError):
     """An image, caption file or shard cannot be read; the message is one sentence that names it."""
 
 
+def try_read(read, *args):
+    """-> read(*args) and "", or None and what is wrong, a sentence, where that raises Unreadable."""
+    try:
+        return read(*args), ""
+    except Unreadable as e:
+        return None, str(e)
+
+
 class ReadErrors:
-    """
-    Logs what could not be read, each sentence once per process, to a text file (to stderr where `log` is
-    empty), and counts reads and failures over this process and its loader processes.
-    """
+    """Counts reads, and writes what is wrong to a text file (stderr where `log` is empty), each fault once."""
 
-    def __init__(self, log="", workers=0):
-        self.log, self.written = log, set()
-        self.counts = torch.zeros(1 + workers, 2, dtype=torch.int64).share_memory_()  # reads, failures
+    def __init__(self, log=""):
+        self.log, self.written, self.reads, self.failures = log, set(), 0, 0
 
-    def write(self, sentence):
-        if sentence not in self.written:
-            self.written.add(sentence)
+    def write(self, fault):
+        if fault not in self.written:
+            self.written.add(fault)
             if not self.log:
-                return print(sentence, file=sys.stderr)
+                return print(fault, file=sys.stderr)
             with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
-                f.write(sentence + "\n")
+                f.write(fault + "\n")
 
-    def try_read(self, read, *args):
-        """-> read(*args), or None where it raises Unreadable, which is counted and logged."""
-        worker = torch.utils.data.get_worker_info()
-        counts = self.counts[worker.id + 1 if worker else 0]
-        counts[0] += 1
-        try:
-            return read(*args)
-        except Unreadable as e:
-            counts[1] += 1
-            self.write(str(e))
-
-    def raise_if_most_failed(self, n=1000, stuck=False):
+    def add(self, faults, n=1000, stuck=False):
         """
-        Raises OSError where more than half of the first thousand reads (of all n, if fewer) have failed, or
-        where the caller is stuck.
+        Of each read what was wrong, or "". Raises OSError where more than half of the first thousand reads
+        (of all n, if fewer) have failed, or where the caller is stuck.
         """
-        reads, failures = self.counts.sum(0).tolist()
-        if stuck or failures > min(n, 1000) / 2 and 2 * failures > reads:
-            raise OSError(f"{failures} of {reads} samples could not be read"
+        self.reads += len(faults)
+        for fault in filter(None, faults):
+            self.failures += 1
+            self.write(fault)
+        if stuck or self.failures > min(n, 1000) / 2 and 2 * self.failures > self.reads:
+            raise OSError(f"{self.failures} of {self.reads} samples could not be read"
                           + (f": {self.log} names them" if self.log else ""))
 
 
@@ -429,13 +425,13 @@ CHUNK = 64  # samples that are read, and of a token cache encoded and recorded, 
 
 
 class Readable(torch.utils.data.Dataset):
-    """[i] -> read(i), or None where that raises Unreadable."""
+    """[i] -> try_read(read, i)"""
 
-    def __init__(self, read, errors):
-        self.read, self.errors = read, errors
+    def __init__(self, read):
+        self.read = read
 
     def __getitem__(self, i):
-        return self.errors.try_read(self.read, i)
+        return try_read(self.read, i)
 
 
 def read_chunks(read, indices, what, log="", workers=0, n=None):
@@ -444,13 +440,13 @@ def read_chunks(read, indices, what, log="", workers=0, n=None):
     `workers`, by loader processes. Raises OSError where most of them, or of the n that they are a rest of,
     cannot be read.
     """
-    errors = ReadErrors(log, workers)
+    errors = ReadErrors(log)
     loader = torch.utils.data.DataLoader(
-        Readable(read, errors), batch_sampler=[indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)],
+        Readable(read), batch_sampler=[indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)],
         collate_fn=list, num_workers=workers, generator=torch.Generator())
     for chunk, results in zip(progress(indices, CHUNK, what), loader):
-        errors.raise_if_most_failed(n or len(indices))
-        yield chunk, results
+        errors.add([fault for _, fault in results], n or len(indices))
+        yield chunk, [result for result, _ in results]
 
 
 # -----------------------------------------------------------------------------
@@ -850,9 +846,10 @@ def validation_subset(dataset, count, log=""):
     for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
         if len(indices) == count:
             break
-        if errors.try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64))):
+        found, fault = try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64)))
+        errors.add([fault], len(dataset))
+        if found:
             indices.append(i)
-        errors.raise_if_most_failed(len(dataset))
     return Subset(dataset, indices)
 
 
@@ -964,26 +961,29 @@ class ResumableBatchSampler:
 
 class SeededView(torch.utils.data.Dataset):
     """
-    [(i, position)] -> a view's item(i, rng), where rng depends on the seed and the position alone. For a
-    sample that cannot be read, the same rng draws another; None after a hundred in a row.
+    [(i, position)] -> a view's item(i, rng), where rng depends on the seed and the position alone, and "". For
+    a sample that cannot be read, the same rng draws another, up to a hundred times: -> the first that can be
+    (None, if none can), and what is wrong with each before it.
     """
 
-    def __init__(self, view, seed, errors):
-        self.view, self.seed, self.errors = view, seed, errors
+    def __init__(self, view, seed):
+        self.view, self.seed = view, seed
 
     def __getitem__(self, key):
         i, position = key
-        rng = random.Random(f"{self.seed} {position}")
-        for _ in range(100):
-            item = self.errors.try_read(self.view.item, i, rng)
-            if item:
-                return item
+        rng, faults = random.Random(f"{self.seed} {position}"), []
+        while True:
+            item, fault = try_read(self.view.item, i, rng)
+            faults.append(fault)
+            if item or len(faults) == 100:
+                return item, faults
             i = rng.randrange(len(self.view))
 
 
 def collate(samples):
-    """Samples, tuples of tensors -> a list of stacked tensors; None where one of the samples is None."""
-    return torch.utils.data.default_collate(samples) if all(samples) else None
+    """Of SeededView -> a list of stacked tensors (None where an item is None), and the faults of all reads."""
+    items, faults = zip(*samples)
+    return torch.utils.data.default_collate(items) if all(items) else None, sum(faults, [])
 
 
 def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, shuffle_buffer=4096, log=""):
@@ -992,15 +992,14 @@ def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, sh
     what comes when, SeededView for samples that cannot be read; those are named in the text file `log`.
     Raises OSError where most cannot: see ReadErrors.
     """
-    errors = ReadErrors(log, workers)
+    errors = ReadErrors(log)
     sampler = ResumableBatchSampler(len(view), batch_size, seed=seed, start=start, rank=rank, world=world,
                                     shard_starts=view.shard_starts, shuffle_buffer=shuffle_buffer)
-    loader = torch.utils.data.DataLoader(SeededView(view, seed, errors), batch_sampler=sampler,
-                                         num_workers=workers, collate_fn=collate,
-                                         pin_memory=torch.cuda.is_available(),
+    loader = torch.utils.data.DataLoader(SeededView(view, seed), batch_sampler=sampler, num_workers=workers,
+                                         collate_fn=collate, pin_memory=torch.cuda.is_available(),
                                          generator=torch.Generator())  # leaves the global one as it is
-    for batch in loader:
-        errors.raise_if_most_failed(stuck=batch is None)
+    for batch, faults in loader:
+        errors.add(faults, stuck=batch is None)
         yield batch
 
 
