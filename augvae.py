@@ -23,6 +23,7 @@ import contextlib
 import functools
 import os
 import re
+import textwrap
 from collections import OrderedDict
 from dataclasses import dataclass, replace
 
@@ -53,11 +54,10 @@ class AugVAEConfig:
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
-    limits = {
-        "image_size": "[1, inf)", "hidden": "[1, inf)", "n_res_blocks": "[1, inf)", "n_groups": "[1, inf)",
-        "ae_dropout": "[0, 1)", "z_channels": "[1, inf)", "codebook_size": "[1, inf)",
-        "codebook_dim": "[1, inf)", "commitment": "[0, inf)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)",
-        "rate": "[0, inf)", "dead_below": "[0, 1)", "single_level": "[0, inf)"}
+    limits = {"ae_dropout": "[0, 1)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)", "dead_below": "[0, 1)",
+              **dict.fromkeys(("commitment", "rate", "single_level"), "[0, inf)"),
+              **dict.fromkeys(("image_size", "hidden", "n_res_blocks", "n_groups", "z_channels",
+                               "codebook_size", "codebook_dim"), "[1, inf)")}
 
     def __post_init__(self):
         self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
@@ -75,7 +75,7 @@ class AugVAEConfig:
                 raise ValueError(f"hidden {self.hidden} x ch_mult {mult} "
                                  f"is not 1, 2, 3, ... times n_groups {self.n_groups}")
         if self.single_level and self.single_level not in self.levels:
-            raise ValueError(f"single_level {self.single_level} is not one of the levels {self.levels}")
+            raise ValueError(f"there is no grid of side {self.single_level}: the levels are {self.levels}")
 
     @property
     def grids(self):
@@ -86,39 +86,31 @@ class AugVAEConfig:
 # -----------------------------------------------------------------------------
 # Blocks
 
-class ResBlock(nn.Module):
-    """
-    shortcut(x) + conv2(dropout(silu(norm2(conv1(silu(norm1(x)))))))
+class NormSiLUConv(nn.Module):
+    """conv(dropout(silu(norm(x)))), a 3x3 convolution: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
 
-    (B, in_channels, h, w) -> (B, out_channels, h, w). The shortcut is a 1x1 convolution if channels change.
-    """
+    def __init__(self, in_channels, out_channels, config, dropout=0.0):
+        super().__init__()
+        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
+        self.dropout = dropout
+        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x):
+        return norm_silu_conv(x, self.norm, self.conv, self.dropout if self.training else 0.0)
+
+
+class ResBlock(nn.Module):
+    """shortcut(x) + layer2(layer1(x)), (B, in_channels, h, w) -> (B, out_channels, h, w)."""
+
     def __init__(self, in_channels, out_channels, config):
         super().__init__()
-        self.norm1 = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(config.n_groups, out_channels, eps=1e-6)
-        self.dropout = config.ae_dropout
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.layer1 = NormSiLUConv(in_channels, out_channels, config)
+        self.layer2 = NormSiLUConv(out_channels, out_channels, config, config.ae_dropout)
         self.shortcut = (nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels
                          else nn.Identity())
 
     def forward(self, x):
-        dropout = self.dropout if self.training else 0.0
-        h = norm_silu_conv(x, self.norm1, self.conv1)  # = conv1(silu(norm1(x)))
-        h = norm_silu_conv(h, self.norm2, self.conv2, dropout)  # = conv2(dropout(silu(norm2(h))))
-        return self.shortcut(x) + h
-
-
-class NormSiLUConv(nn.Module):
-    """The last layer of encoders and decoders: (B, in_channels, h, w) -> (B, out_channels, h, w)."""
-
-    def __init__(self, in_channels, out_channels, config):
-        super().__init__()
-        self.norm = nn.GroupNorm(config.n_groups, in_channels, eps=1e-6)
-        self.conv = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x):
-        return norm_silu_conv(x, self.norm, self.conv)  # = conv(silu(norm(x)))
+        return self.shortcut(x) + self.layer2(self.layer1(x))
 
 
 class Attention(nn.Module):
@@ -134,16 +126,6 @@ class Attention(nn.Module):
         q, k, v = (conv(h).flatten(2).transpose(1, 2) for conv in (self.q, self.k, self.v))  # (B, h*w, C)
         h = F.scaled_dot_product_attention(q, k, v)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
-
-
-class Downsample(nn.Conv2d):
-    """(B, C, h, w) -> (B, C, h/2, w/2): stride 2, padded on the right and bottom only, as in VQGAN."""
-
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, stride=2)
-
-    def forward(self, x):
-        return super().forward(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Conv2d):
@@ -178,8 +160,9 @@ class Encoder(nn.Sequential):
                 c = config.hidden * mult
                 if config.attention and last:
                     layers[f"down_{i}_attn_{j}"] = Attention(c, config)
-            if not last:
-                layers[f"down_{i}_downsample"] = Downsample(c)
+            if not last:  # half the side; padded on the right and bottom only, as in VQGAN
+                layers[f"down_{i}_pad"] = nn.ZeroPad2d((0, 1, 0, 1))
+                layers[f"down_{i}_downsample"] = nn.Conv2d(c, c, 3, stride=2)
         layers.update(middle_layers(c, config))
         layers["conv_out"] = NormSiLUConv(c, config.z_channels, config)
         super().__init__(layers)
@@ -222,10 +205,8 @@ class TiedConv1x1(nn.Module):
 @dataclass
 class Collected:
     """What the forward passes since the last update have given to the codebook."""
-    counts: torch.Tensor  # (size,) how many vectors each code got
-    sums: torch.Tensor  # (size, dim) their sums
-    keys: torch.Tensor  # (n,) of the candidates, in a random draw that the largest keys win
-    candidates: torch.Tensor  # (n, dim) vectors, of which dead codes are revived
+    used: torch.Tensor  # (size, 1 + dim) for each code, how many vectors it got, and their sum
+    drawn: torch.Tensor  # (n, 1 + dim) a random key and a vector each; the largest keys revive dead codes
     calls: int = 0  # of collect()
 
 
@@ -243,9 +224,7 @@ class Codebook(nn.Module):
     """
     def __init__(self, config):
         super().__init__()
-        self.size, self.dim = config.codebook_size, config.codebook_dim
-        self.decay, self.eps = config.ema_decay, config.ema_eps
-        self.rate, self.dead_below = config.rate, config.dead_below
+        self.config, self.size, self.dim = config, config.codebook_size, config.codebook_dim
         self.register_buffer("weight", torch.randn(self.size, self.dim))
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
@@ -278,9 +257,10 @@ class Codebook(nn.Module):
         above, near-ties go to the commoner one (entropy-constrained quantisation, Chou et al. 1989).
         """
         with full_fp32():  # tokens must not depend on the card
-            p = (self.cluster_size + self.eps) / (self.cluster_size + self.eps).sum()
+            p = self.cluster_size + self.config.ema_eps
+            p = p / p.sum()
             var = p @ (self.weight - p @ self.weight).square().sum(1)
-            cost = (self.weight.square().sum(1) - self.rate * var * p.log()) / 2  # |z|^2 is the same for all
+            cost = (self.weight.square().sum(1) - self.config.rate * var * p.log()) / 2  # without |z|^2
             rows = max(1, min(len(z), max_scores // self.size))
             scores = z.new_empty(rows, self.size)  # one for all parts: fresh pages cost a tenth more
             codes = [torch.addmm(cost, part, self.weight.t(), alpha=-1, out=scores[:len(part)]).argmin(1)
@@ -292,12 +272,9 @@ class Codebook(nn.Module):
         """Add one forward pass, one level: z (B, dim, h, w) and its codes (B, h, w), to the next update()."""
         z = z.detach().float().permute(0, 2, 3, 1).reshape(-1, self.dim)
         codes = codes.flatten()
-        if self.pending is None:
-            self.pending = Collected(counts=z.new_zeros(self.size), sums=torch.zeros_like(self.embed_sum),
-                                     keys=z.new_zeros(0), candidates=z.new_zeros(0, self.dim))
-        pending = self.pending
-        pending.counts += torch.bincount(codes, minlength=self.size)
-        pending.sums.index_add_(0, codes, z)
+        pending = self.pending = self.pending or Collected(
+            z.new_zeros(self.size, 1 + self.dim), z.new_zeros(0, 1 + self.dim))
+        pending.used.index_add_(0, codes, torch.cat([torch.ones_like(z[:, :1]), z], 1))
         # Candidates for reviving dead codes: a weighted random draw (Efraimidis & Spirakis) in which far-off
         # vectors weigh more, as in k-means++. Uniform numbers are drawn for the whole global batch and sliced
         # by rank, so that two ranks with half a batch each choose what one with the whole batch would.
@@ -305,9 +282,9 @@ class Codebook(nn.Module):
         generator = torch.Generator().manual_seed(int(self.updates) * 64 + pending.calls)
         uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device)
         error = (z - self.weight[codes]).square().sum(1)
-        keys = torch.cat([pending.keys, uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)])
-        pending.keys, best = keys.topk(min(self.max_revived, len(keys)))
-        pending.candidates = torch.cat([pending.candidates, z])[best]
+        keys = uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)
+        drawn = torch.cat([pending.drawn, torch.cat([keys[:, None], z], 1)])
+        pending.drawn = drawn[drawn[:, 0].topk(min(self.max_revived, len(drawn))).indices]
         pending.calls += 1
 
     def discard(self):
@@ -321,45 +298,40 @@ class Codebook(nn.Module):
         Returns (share of codes in use, perplexity) of what was collected; perplexity is in [1, size].
         """
         collected = self.reduce(self.pending)
+        counts, sums = collected.used[:, 0], collected.used[:, 1:]
         self.discard()
         # Young averages forget faster, so that the codes keep up with an encoder that still moves a lot.
-        decay = min(self.decay, (1 + int(self.updates)) / (10 + int(self.updates)))
+        decay = min(self.config.ema_decay, (1 + int(self.updates)) / (10 + int(self.updates)))
         self.updates += 1
-        self.cluster_size.lerp_(collected.counts, 1 - decay)
-        self.embed_sum.lerp_(collected.sums, 1 - decay)
+        self.cluster_size.lerp_(counts, 1 - decay)
+        self.embed_sum.lerp_(sums, 1 - decay)
         self.revive(collected)
-        self.move()
-        return codebook_use(collected.counts)
+        # weight = embed_sum / cluster_size, smoothed (Laplace), of all codes that ever got a vector
+        total, eps = self.cluster_size.sum(), self.config.ema_eps
+        smoothed = (self.cluster_size + eps) / (total + self.size * eps) * total
+        alive = self.cluster_size > 0
+        self.weight[alive] = self.embed_sum[alive] / smoothed[alive, None]
+        return codebook_use(counts)
 
     def reduce(self, own):
-        """Collected by this rank -> by all ranks: counts and sums added, keys and candidates side by side."""
+        """Collected by this rank -> by all ranks: `used` added, `drawn` one below the other."""
         if not dist.is_initialized():
             return own
         rank, world = rank_and_world()
-        drawn = own.keys.new_zeros(world, len(own.keys), 1 + self.dim)  # each rank fills its own row
-        drawn[rank] = torch.cat([own.keys[:, None], own.candidates], 1)
-        parts = own.counts, own.sums, drawn
-        flat = torch.cat([part.flatten() for part in parts])
-        dist.all_reduce(flat)  # one call for all
-        counts, sums, drawn = (reduced.view_as(part) for reduced, part in
-                               zip(flat.split([part.numel() for part in parts]), parts))
-        return Collected(counts, sums, drawn[..., 0].flatten(), drawn[..., 1:].flatten(0, 1))
+        drawn = own.drawn.new_zeros(world, *own.drawn.shape)  # each rank fills its own part
+        drawn[rank] = own.drawn
+        rows = torch.cat([own.used, drawn.flatten(0, 1)])
+        dist.all_reduce(rows)  # one call for both
+        return Collected(rows[:self.size], rows[self.size:])
 
     def revive(self, collected):
-        """Move codes that are hardly used to the candidates with the largest keys, at most max_revived."""
-        threshold = self.dead_below * collected.counts.sum() / self.size
-        best = collected.keys.topk(min(self.max_revived, len(collected.keys))).indices  # (n,)
+        """Move codes that are hardly used to the vectors with the largest keys, at most max_revived."""
+        threshold = self.config.dead_below * collected.used[:, 0].sum() / self.size
+        best = collected.drawn[:, 0].topk(min(self.max_revived, len(collected.drawn))).indices  # (n,)
         dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]  # (m,), m <= n
         # A revived code starts light: it soon moves to where it is used, or is given up where it is not.
         self.cluster_size[dead] = 2 * threshold
-        self.embed_sum[dead] = 2 * threshold * collected.candidates[best[:len(dead)]]
-
-    def move(self):
-        """weight = embed_sum / cluster_size, smoothed (Laplace), of all codes that ever got a vector."""
-        total = self.cluster_size.sum()
-        smoothed = (self.cluster_size + self.eps) / (total + self.size * self.eps) * total
-        alive = self.cluster_size > 0
-        self.weight[alive] = self.embed_sum[alive] / smoothed[alive, None]
+        self.embed_sum[dead] = 2 * threshold * collected.drawn[best[:len(dead)], 1:]
 
 
 def codebook_use(counts):
@@ -367,7 +339,8 @@ def codebook_use(counts):
     How often each code was used, (size,) -> (share of codes used at all, perplexity), floats.
     exp(entropy), the perplexity, is the number of equally used codes that would carry as much.
     """
-    p = counts.double() / counts.sum()
+    counts = counts.cpu().double()  # Apple's GPUs have no float64
+    p = counts / counts.sum()
     return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
 
 
@@ -379,17 +352,15 @@ def rank_and_world():
 def full_fp32():
     """Within, fp32 matrix products use no TF32, allowed or not: it would change up to 2.4 % of the codes."""
     try:
-        before, full = torch.get_float32_matmul_precision(), "highest"
-        allow = torch.set_float32_matmul_precision
-    except RuntimeError:  # TF32 was allowed by torch 2.9's new name for it, which must not meet the old one
-        new = torch.backends.cuda.matmul
-        before, full = new.fp32_precision, "ieee"
-        allow = functools.partial(setattr, new, "fp32_precision")
-    allow(full)
+        restore = functools.partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+    except RuntimeError:  # TF32 was allowed by torch 2.9's new name, beside which the old one is not read
+        matmul = torch.backends.cuda.matmul
+        restore = functools.partial(setattr, matmul, "fp32_precision", matmul.fp32_precision)
+    torch.set_float32_matmul_precision("highest")  # under both names
     try:
         yield
     finally:
-        allow(before)
+        restore()
 
 
 # -----------------------------------------------------------------------------
@@ -402,13 +373,12 @@ class AugVAE(nn.Module):
         super().__init__()
         self.config = c = config
         depth = len(c.levels) if not c.single_level else c.levels.index(c.single_level) + 1
-        n_levels = len(c.grids)
         mults = [c.ch_mult] + [c.ch_mult_inner] * (depth - 1)
         self.encoders = nn.ModuleList(
             Encoder(3 if i == 0 else c.z_channels, mult, c) for i, mult in enumerate(mults))
-        self.pre_quant = TiedConv1x1(c.z_channels, c.codebook_dim, n_levels)
+        self.pre_quant = TiedConv1x1(c.z_channels, c.codebook_dim, len(c.grids))
         self.codebook = Codebook(c)
-        self.post_quant = TiedConv1x1(c.codebook_dim, c.z_channels, n_levels)
+        self.post_quant = TiedConv1x1(c.codebook_dim, c.z_channels, len(c.grids))
         # Only the coarsest decoder of all takes z channels; every other one takes two things side by side.
         widths = [c.z_channels * (1 if i == len(c.levels) - 1 else 2) for i in range(depth)]
         self.decoders = nn.ModuleList(  # coarse to fine, the order they run in
@@ -420,17 +390,13 @@ class AugVAE(nn.Module):
 
     def init_weights(self):
         """PyTorch's own for convolutions, but residual branches start at zero: blocks begin as identity."""
-        for module in self.modules():
-            if isinstance(module, ResBlock):
-                nn.init.zeros_(module.conv2.weight)
-                nn.init.zeros_(module.conv2.bias)
-            elif isinstance(module, Attention):
-                nn.init.zeros_(module.proj_out.weight)
-                nn.init.zeros_(module.proj_out.bias)
-            elif isinstance(module, TiedConv1x1):
-                bound = module.weight.shape[1] ** -0.5
-                nn.init.uniform_(module.weight, -bound, bound)
-                nn.init.uniform_(module.bias, -bound, bound)
+        for name, parameter in self.named_parameters():
+            if ".layer2.conv." in name or ".proj_out." in name:
+                nn.init.zeros_(parameter)
+        for tied in (self.pre_quant, self.post_quant):
+            bound = tied.weight.shape[1] ** -0.5
+            nn.init.uniform_(tied.weight, -bound, bound)
+            nn.init.uniform_(tied.bias, -bound, bound)
 
     def features(self, images):
         """Images (B, 3, H, W) in [-1, 1] -> vectors to quantise [(B, codebook_dim, h, w)], finest first."""
@@ -444,15 +410,13 @@ class AugVAE(nn.Module):
     def reconstruct(self, quantised):
         """Quantised vectors [(B, codebook_dim, h, w)], finest first -> images (B, 3, H, W), about [-1, 1]."""
         levels = [self.post_quant(z_q, i) for i, z_q in enumerate(quantised)]
-        h = levels.pop()  # the coarsest
-        if self.connectors is not None:  # AugVAE-SL: that was the only level
-            for connector, decoder in zip(self.connectors, self.decoders):
-                h = decoder(connector(h))
-            return h
-        coarsest, *others = self.decoders
-        h = coarsest(h)
-        for decoder, level in zip(others, reversed(levels)):
-            h = decoder(torch.cat([level, h], dim=1))
+        h = levels.pop()  # the coarsest; of AugVAE-SL the only one
+        for i, decoder in enumerate(self.decoders):
+            if self.connectors is not None:
+                h = self.connectors[i](h)
+            elif i > 0:
+                h = torch.cat([levels.pop(), h], dim=1)
+            h = decoder(h)
         return h
 
     def forward(self, images, collect=False):
@@ -491,40 +455,26 @@ class AugVAE(nn.Module):
 
     def single_level(self, side):
         """
-        AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code): a new model with the
-        encoders down to that grid, the decoders from it upward, and connectors in front of them. To be
-        fine-tuned. At first the connectors put zeros where half of a decoder's input is missing (the release:
-        random numbers). Raises ValueError for a side that is no level, or an AugVAE-SL.
+        AugVAE-ML -> AugVAE-SL on the grid of `side` (paper, section 3.1; released code), to be fine-tuned: a
+        new model with the encoders down to that grid, the decoders from it upward, and connectors in front of
+        them, which at first put zeros where half of the input is missing (the release: random numbers).
+        Raises ValueError for a side that is no level, or an AugVAE-SL.
         """
         if self.config.single_level:
             raise ValueError(f"this model is AugVAE-SL already, on grid {self.config.single_level}")
-        if side not in self.config.levels:
-            raise ValueError(f"no grid of side {side}: the levels are {self.config.levels}")
         model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)
-        level, depth = self.config.levels.index(side), len(model.decoders)
+        level, depth, z = self.config.levels.index(side), len(model.decoders), self.config.z_channels
         model.encoders.load_state_dict(self.encoders[:depth].state_dict())
         model.decoders.load_state_dict(self.decoders[-depth:].state_dict())
         model.codebook.load_state_dict(self.codebook.state_dict())
-        with torch.no_grad():
-            for new, old in ((model.pre_quant, self.pre_quant), (model.post_quant, self.post_quant)):
-                new.weight.copy_(old.weight)
-                new.bias.copy_(old.bias[level:level + 1])
-            z = self.config.z_channels
-            for i, connector in enumerate(model.connectors):
-                start = 0 if i == 0 else z  # a decoder's input is cat(level, coarser decoder)
-                nn.init.zeros_(connector.weight)
-                nn.init.zeros_(connector.bias)
-                connector.weight[start:start + z, :, 0, 0] = torch.eye(z)
+        for new, old in ((model.pre_quant, self.pre_quant), (model.post_quant, self.post_quant)):
+            new.load_state_dict({"weight": old.weight, "bias": old.bias[level:level + 1]})
+        for i, connector in enumerate(model.connectors):
+            nn.init.zeros_(connector.weight)
+            nn.init.zeros_(connector.bias)
+            weight = connector.weight.detach()  # a decoder's input is cat(level, coarser decoder)
+            nn.init.dirac_(weight[:z] if i == 0 else weight[-z:])
         return model
-
-    @classmethod
-    def from_released(cls, path):
-        """
-        The model in a checkpoint of the released code, AugVAE-ML or AugVAE-SL, in eval mode on the CPU.
-        It computes what the released code computes with it, and can be trained further, codebook included.
-        Raises ValueError where the file is missing, damaged or something else, or asks to run code.
-        """
-        return from_lightning(cls, safe_load(path), path)
 
 
 # -----------------------------------------------------------------------------
@@ -566,9 +516,7 @@ class LPIPS(nn.Module):
     VGG-16's features after five of its layers, each scaled to length 1 over channels; squared differences,
     weighted by learned weights and averaged over positions; the sum over the five. Same values as net="vgg"
     of the lpips 0.1 release. All weights are frozen, and there is no dropout that could wake up.
-
-    `vgg_weights` is torchvision's VGG-16 file; `lpips_weights` that of lpips, with keys lin0.model.1.weight
-    and so on. One that is not given is taken from the torch hub cache, and is downloaded to there if need be.
+    The arguments are files, torchvision's VGG-16 and lpips's own; what is not given, find_weights brings.
     Raises OSError where a file cannot be had, ValueError where it is another.
     """
     taps = (3, 8, 15, 22, 29)  # torchvision's numbers of the layers: the last ReLU of each resolution
@@ -587,11 +535,10 @@ class LPIPS(nn.Module):
         except (KeyError, RuntimeError):
             raise ValueError(f"{vgg_weights} is not torchvision's VGG-16") from None
         for i, tap in enumerate(self.taps):
-            channels, weight = self.features[tap - 1].out_channels, lpips.get(f"lin{i}.model.1.weight")
-            if weight is None or weight.shape != (1, channels, 1, 1):
-                raise ValueError(f"{lpips_weights} is not LPIPS's file for VGG-16: "
-                                 f"it has no lin{i}.model.1.weight of {channels} channels")
-            self.register_buffer(f"lin{i}", weight.float())
+            name, shape = f"lin{i}.model.1.weight", (1, self.features[tap - 1].out_channels, 1, 1)
+            if name not in lpips or lpips[name].shape != shape:
+                raise ValueError(f"{lpips_weights} is not LPIPS's for VGG-16: no {name} of shape {shape}")
+            self.register_buffer(f"lin{i}", lpips[name].float())
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
         self.requires_grad_(False)
@@ -612,13 +559,22 @@ class LPIPS(nn.Module):
 # -----------------------------------------------------------------------------
 # Released weights: files that PyTorch Lightning 1.5 wrote
 
-RELEASED_NAMES = (  # what a module of the released encoders and decoders is called there, and here
+RELEASED_SETTINGS = {  # of AugVAEConfig, and what the release calls them
+    "image_size": "resolution", "levels": "attn_resolutions", "hidden": "hidden_dim", "ch_mult": "ch_mult",
+    "n_res_blocks": "num_res_blocks", "attention": "use_attn", "ae_dropout": "dropout",
+    "z_channels": "z_channels", "codebook_size": "num_tokens", "codebook_dim": "codebook_dim",
+    "commitment": "quant_beta", "ema_decay": "quant_ema_decay", "ema_eps": "quant_ema_eps"}
+RELEASED_NAMES = (  # what a tensor is called in the release, and here
+    (r"^loss\..*|^(pre|post)_quants\.\d+\.bias", ""),  # LPIPS; and what released_tensors puts together
+    (r"^(pre|post)_quants\.\d+\.weight", r"\1_quant.weight"),
+    (r"^quantizers\.\d+\.embedding\.(weight|cluster_size)", r"codebook.\1"),
+    (r"^quantizers\.\d+\.embedding\.embed_avg", "codebook.embed_sum"),
     (r"\.(down|up)\.(\d+)\.(block|attn)\.(\d+)\.", r".\1_\2_\3_\4."),
     (r"\.(down|up)\.(\d+)\.(downsample|upsample)\.conv\.", r".\1_\2_\3."),
     (r"\.mid\.", ".mid_"),
     (r"\.nin_shortcut\.", ".shortcut."),
-    (r"\.(norm|conv)_out\.", r".conv_out.\1."),
-)
+    (r"\.(norm|conv)([12])\.", r".layer\2.\1."),
+    (r"\.(norm|conv)_out\.", r".conv_out.\1."))
 
 
 def safe_load(path):
@@ -646,72 +602,33 @@ def safe_load(path):
 def from_lightning(cls, checkpoint, path):
     """What safe_load(path) gave -> AugVAE. Raises ValueError where it is no released AugVAE."""
     try:
-        state = {k: v for k, v in checkpoint["state_dict"].items() if not k.startswith("loss.")}
-        settings = checkpoint["hyper_parameters"]
+        state, settings = checkpoint["state_dict"], checkpoint["hyper_parameters"]
         settings = vars(settings if isinstance(settings, argparse.Namespace) else settings["args"])
-        config = released_config(state, settings)
-        tensors = released_tensors(state, config)
-    except (LookupError, AttributeError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is not a released AugVAE ({type(e).__name__}: {e})") from None
-    model = cls(config)
-    expected = model.state_dict()
-    for name in sorted({*expected, *tensors}):
-        theirs, ours = (tuple(t[name].shape) if name in t else "absent" for t in (tensors, expected))
-        if theirs != ours:
-            raise ValueError(f"{path} is not a released AugVAE: {name} is {theirs}, and not {ours}")
-    model.load_state_dict(tensors)
+        config = AugVAEConfig(**{ours: settings[theirs] for ours, theirs in RELEASED_SETTINGS.items()})
+        if "connectors.0.weight" in state:  # AugVAE-SL: of the encoders it has those down to its grid
+            depth = sum(f"encoders.{i}.conv_in.weight" in state for i in range(len(config.levels)))
+            config = replace(config, single_level=config.levels[depth - 1])
+        model = cls(config)
+        model.load_state_dict(released_tensors(state, config))
+    except (LookupError, AttributeError, TypeError, ValueError, RuntimeError) as e:
+        reason = textwrap.shorten(f"{type(e).__name__}: {e}", 300)
+        raise ValueError(f"{path} is not a released AugVAE ({reason})") from None
     return model.eval()
 
 
-def released_config(state, settings):
-    """
-    Released tensors by name, and settings -> AugVAEConfig. Sizes come from the tensors, but for the side of
-    the image, which leaves no trace in them.
-    """
-    def count(pattern):
-        return len({m[0] for m in map(re.compile(pattern).match, state) if m})
-
-    def multipliers(i):
-        return tuple(len(state[f"encoders.{i}.down.{j}.block.0.conv1.weight"]) // hidden
-                     for j in range(count(rf"encoders\.{i}\.down\.\d+\.")))
-
-    hidden = len(state["encoders.0.conv_in.weight"])
-    codebook, pre_quant = state["quantizers.0.embedding.weight"], state["pre_quants.0.weight"]
-    ch_mult, inner = multipliers(0), multipliers(1) or AugVAEConfig.ch_mult_inner
-    finest = settings["resolution"] // 2 ** (len(ch_mult) - 1)
-    n_levels = count(r"quantizers\.\d+\.")  # also of AugVAE-SL: its file still has those of all levels
-    levels = tuple(finest // 2 ** (i * (len(inner) - 1)) for i in range(n_levels))
-    names = {"ae_dropout": "dropout", "commitment": "quant_beta",
-             "ema_decay": "quant_ema_decay", "ema_eps": "quant_ema_eps"}
-    return AugVAEConfig(
-        image_size=settings["resolution"], levels=levels, hidden=hidden, ch_mult=ch_mult, ch_mult_inner=inner,
-        n_res_blocks=count(r"encoders\.0\.down\.0\.block\.\d+\."), n_groups=32,
-        attention="encoders.0.mid.attn_1.q.weight" in state, z_channels=pre_quant.shape[1],
-        codebook_size=codebook.shape[0], codebook_dim=codebook.shape[1],
-        single_level=levels[count(r"encoders\.\d+\.") - 1] if "connectors.0.weight" in state else 0,
-        **{ours: settings[theirs] for ours, theirs in names.items() if theirs in settings})
-
-
 def released_tensors(state, config):
-    """Released tensors by the release's names -> by ours. Raises KeyError where tied ones are not equal."""
-    tensors = {}
-    for name, tensor in state.items():
-        tied = re.match(r"(pre_quants|post_quants|quantizers)\.\d+\.(.*)", name)
-        if not tied:
-            for theirs, ours in RELEASED_NAMES:
-                name = re.sub(theirs, ours, name)
-            tensors[name] = tensor
-        elif tied[2] != "bias" and not torch.equal(tensor, state[f"{tied[1]}.0.{tied[2]}"]):
-            raise KeyError(f"one {tied[2]} for all {tied[1]}")
+    """Released tensors by the release's names -> by ours. Raises ValueError where tied ones are not equal."""
+    tensors = {"codebook.updates": torch.tensor(2 ** 20)}  # past the quick decay of the first steps
+    for theirs, tensor in state.items():
+        name = theirs
+        for pattern, ours in RELEASED_NAMES:
+            name = re.sub(pattern, ours, name)
+        if name and not torch.equal(tensors.setdefault(name, tensor), tensor):
+            raise ValueError(f"{theirs} is not equal to that of all levels, {name}")
     # pre_quants are numbered by level, post_quants in the order of the decoders: from the coarsest level up.
     pre = [config.levels.index(grid) for grid in config.grids]
-    post = [0] if config.single_level else reversed(pre)
-    for ours, theirs, order in (("pre_quant", "pre_quants", pre), ("post_quant", "post_quants", post)):
-        tensors[f"{ours}.weight"] = state[f"{theirs}.0.weight"]
-        tensors[f"{ours}.bias"] = torch.stack([state[f"{theirs}.{i}.bias"] for i in order])
-    for ours, theirs in (("weight", "weight"), ("cluster_size", "cluster_size"), ("embed_sum", "embed_avg")):
-        tensors[f"codebook.{ours}"] = state[f"quantizers.0.embedding.{theirs}"]
-    tensors["codebook.updates"] = torch.tensor(2 ** 20)  # past the quick decay of the first steps
+    for side, levels in (("pre", pre), ("post", [0] if config.single_level else pre[::-1])):
+        tensors[f"{side}_quant.bias"] = torch.stack([state[f"{side}_quants.{i}.bias"] for i in levels])
     return tensors
 
 
@@ -760,19 +677,14 @@ class NormSiLUConvFunction(torch.autograd.Function):
 # channels_last, its backward pass silently reads it as NCHW. Convolutions are fastest in channels_last. So on
 # CUDA a map is copied on its way from one to the other. Under autocast the change of dtype takes these copies
 # anyway; in fp32 they move 16 bytes a number in the forward pass and 32 in the backward pass.
-
-def is_cuda(x):
-    return x.is_cuda
-
-
 def for_norm(x):
     """(B, C, h, w) as group norm takes it: on CUDA in fp32 and NCHW; a CPU takes it as it is."""
-    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous() if is_cuda(x) else x
+    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous() if x.is_cuda else x
 
 
 def for_conv(x, dtype):
     """(B, C, h, w) for a convolution in this dtype: on CUDA channels_last; on a CPU it is so already."""
-    return x.to(dtype, memory_format=torch.channels_last) if is_cuda(x) else x.to(dtype)
+    return x.to(dtype, memory_format=torch.channels_last) if x.is_cuda else x.to(dtype)
 
 
 def upsample_conv(x, weight, bias):
