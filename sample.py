@@ -119,20 +119,6 @@ def load(out_dir="out", **settings):
     return Run(config)
 
 
-@dataclass
-class Candidate:
-    """What was generated for an input."""
-    tokens: torch.Tensor  # (n_gen,)
-    seed: int  # that gives these tokens again; None for beams
-    forward: float  # log p(candidate | input), nats
-    reverse: float  # log p(input | candidate), nats
-
-    def record(self, **made):
-        """What was made of it, and what samples.json tells of it besides."""
-        scores = {"forward": round(self.forward, 3), "reverse": round(self.reverse, 3)}
-        return {**made, "seed": self.seed, "scores": scores}
-
-
 class Run:
     """The models of a run in out_dir, and the settings by which they are sampled."""
 
@@ -156,7 +142,9 @@ class Run:
 
         ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
         indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ...
-        -> for each input a list of n Candidates in the order drawn; with --rerank all of them, best first.
+        -> for each input a list of n records in the order drawn; with --rerank all of them, best first:
+        {"tokens": (n_gen,), "seed": what gives them again (None for beams), "scores": {"forward":
+        log p(candidate | input), "reverse": log p(input | candidate)}, nats}.
         """
         c, n = self.config, max(n, self.config.rerank)
         with self.context.autocast():
@@ -169,11 +157,13 @@ class Run:
                                              seeds=[seed for row in seeds for seed in row])
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
             forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
-        groups = [[Candidate(*fields) for fields in zip(*of_input)]
-                  for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist())]
-        if c.rerank > 1:
-            for group in groups:
-                group.sort(key=lambda x: self.rerank_score(x.forward, x.reverse), reverse=True)
+        groups = []
+        for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist()):
+            group = list(zip(*of_input))
+            if c.rerank > 1:
+                group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
+            groups.append([{"tokens": x, "seed": seed, "scores": {"forward": round(f, 3), "reverse": round(r, 3)}}
+                           for x, seed, f, r in group])
         return groups
 
     def rerank_score(self, forward, reverse):
@@ -183,20 +173,20 @@ class Run:
 
     def paint_all(self, prompts, n=1, images=None):
         """
-        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
-        "scores"}. images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
+        Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt".
+        images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
         """
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
             for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix)):
-                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
-                yield [candidate.record(picture=data.to_image(x), prompt=prompts[i])
-                       for x, candidate in zip(pixels, group)]
+                pixels = self.decode(torch.stack([record["tokens"] for record in group[:n]]))
+                yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
+                       for x, record in zip(pixels, group)]
 
     def caption_all(self, images, n=1):
-        """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
+        """PIL images -> yields for each n records with "picture", as encoded, and "caption"."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
             raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
@@ -204,8 +194,8 @@ class Run:
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
-                yield [candidate.record(picture=data.to_image(x), caption=self.detokenize(candidate.tokens))
-                       for candidate in group[:n]]
+                yield [{"picture": data.to_image(x), "caption": self.detokenize(record["tokens"]), **record}
+                       for record in group[:n]]
 
     def input_batches(self, count, n, task):
         """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
@@ -315,16 +305,16 @@ def read_images(run, paths):
 
 def save_samples(run, name, groups, columns):
     """
-    Write what is made, lists of records that belong together: every picture by itself, as it comes, as
-    {name}_{i}.png; all that is known in samples.json; and all pictures, with words below, on {name}.png, past
-    64 rows on {name}_sheet_2.png, ...
+    Write lists of records that belong together: each picture, as it comes, as {name}_{i}.png; what is known
+    of them in samples.json; all of them, words below, on {name}.png, past 64 rows on {name}_sheet_2.png, ...
     """
     entries = []
     for record in itertools.chain.from_iterable(groups):
-        entry = {"file": f"{name}_{len(entries)}.png", **record}
-        path = os.path.join(run.save_dir, entry["file"])
-        entry.pop("picture").save(path)
-        entries.append(entry)
+        file = f"{name}_{len(entries)}.png"
+        path = os.path.join(run.save_dir, file)
+        record["picture"].save(path)
+        known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
+        entries.append({"file": file, **known})
         print(f"{record.get('image', path)}: {label(run, record)}")
     save_json(run, "samples", entries)
     for page, start in enumerate(range(0, len(entries), 64 * columns), 1):
@@ -536,12 +526,11 @@ def bleu(captions, references):
 
 def common_length(a, b):
     """Length of the longest common subsequence of two lists of words."""
-    best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
+    best = [0] * (len(b) + 1)  # of the words of a so far and b[:j]
     for word in a:
-        diagonal = 0
+        before = best.copy()
         for j, other in enumerate(b):
-            longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
-            diagonal, best[j + 1] = best[j + 1], longest
+            best[j + 1] = before[j] + 1 if word == other else max(before[j + 1], best[j])
     return best[-1]
 
 
@@ -648,9 +637,8 @@ def reconstruction_scores(run, val, inception=None):
         for name, metric in metrics.items():
             values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        if inception:
-            for kept, pixels in zip(pictures, (originals, reconstructed)):
-                kept += map(data.to_image, pixels)
+        for kept, pixels in zip(pictures, (originals, reconstructed)):
+            kept += map(data.to_image, pixels)
     scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
         scores["rfid"] = frechet_distance(*map(inception, pictures))
@@ -816,12 +804,11 @@ def bench(config, rounds=3):
 
 def check_uses(c, given):
     """Raises ValueError, a sentence, for settings that do not go together."""
-    for name in ("prompt", "prompts", "image", "prefix", "reconstruct"):
-        if name in given and not "".join(given[name]).strip():
-            raise ValueError(f"--{name} is empty")
     uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
+    texts = ("prompt", "prompts", "image", "prefix", "reconstruct")
     mistakes = [
+        *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
         (len(uses) > 1 and uses != ["--prompt", "--image"],
          f"{' and '.join(uses)} are different uses: choose one"),
         (c.prompt and c.image and not c.keep_rows,

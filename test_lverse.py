@@ -2585,13 +2585,13 @@ def test_reranking_orders_by_the_reverse_direction(loaded):
         used = loaded.with_settings(rerank=6, rerank_forward=share)
         text = used.tokenize(["a small red circle above a large blue square", "two crosses"])
         for i, group in enumerate(used.candidates(text, "image")):
-            assert sorted(c.seed for c in group) == list(range(1000 * i, 1000 * i + 6))
+            assert sorted(c["seed"] for c in group) == list(range(1000 * i, 1000 * i + 6))
             expected = []
             for c in group:
-                sides = text[i:i + 1], c.tokens[None]
+                sides = text[i:i + 1], c["tokens"][None]
                 forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item()
                                     for to in ("image", "text"))
-                assert (forward, reverse) == pytest.approx((c.forward, c.reverse), abs=1e-3)
+                assert c["scores"] == pytest.approx({"forward": forward, "reverse": reverse}, abs=1e-3)
                 expected.append(share * forward + (1 - share) * reverse)
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 
@@ -2603,7 +2603,7 @@ def test_completion_keeps_rows_and_words(loaded):
     painted = list(used.paint_all(["a cross", "a circle"], 2, images))
     text = used.tokenize(["a cross", "a circle"])
     for i, group in enumerate(used.candidates(text, "image", 2, prefix=codes[:, :40])):
-        tokens = torch.stack([candidate.tokens for candidate in group])
+        tokens = torch.stack([record["tokens"] for record in group])
         assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1))
         assert not torch.equal(tokens[:, 40:], codes[i, 40:])
         for x, record in zip(used.decode(tokens), painted[i]):
