@@ -24,7 +24,6 @@ References:
 import base64
 import copy
 import dataclasses
-import functools
 import html
 import itertools
 import json
@@ -120,21 +119,6 @@ def load(out_dir="out", **settings):
     return Run(config)
 
 
-@dataclass
-class Candidate:
-    """What was generated for an input."""
-    order: int  # in which it was drawn; of beams, by log p
-    tokens: torch.Tensor  # (n_gen,)
-    seed: int  # that gives these tokens again; None for beams
-    forward: float  # log p(candidate | input), nats
-    reverse: float  # log p(input | candidate), nats
-
-    def record(self, **made):
-        """What was made of it, and what samples.json tells of it besides."""
-        scores = {"forward": round(self.forward, 3), "reverse": round(self.reverse, 3)}
-        return {**made, "seed": self.seed, "scores": scores}
-
-
 class Run:
     """The models of a run in out_dir, and the settings by which they are sampled."""
 
@@ -158,7 +142,9 @@ class Run:
 
         ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
         indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ...
-        -> for each input a list of n Candidates in the order drawn; with --rerank all of them, best first.
+        -> for each input a list of n records in the order drawn; with --rerank all of them, best first:
+        {"tokens": (n_gen,), "seed": what gives them again (None for beams), "scores": {"forward":
+        log p(candidate | input), "reverse": log p(input | candidate)}, nats}.
         """
         c, n = self.config, max(n, self.config.rerank)
         with self.context.autocast():
@@ -171,37 +157,36 @@ class Run:
                                              seeds=[seed for row in seeds for seed in row])
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
             forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
-        groups = [[Candidate(*fields) for fields in zip(itertools.count(), *of_input)]
-                  for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist())]
-        if c.rerank > 1:
-            for group in groups:
-                group.sort(key=lambda x: self.rerank_score(x.forward, x.reverse), reverse=True)
+        groups = []
+        for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist()):
+            group = list(zip(*of_input))
+            if c.rerank > 1:
+                group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
+            groups.append([{"tokens": x, "seed": seed, "scores": {"forward": round(f, 3), "reverse": round(r, 3)}}
+                           for x, seed, f, r in group])
         return groups
 
     def rerank_score(self, forward, reverse):
-        """
-        What --rerank orders by: how well the candidate explains the input and, by a smaller share, how likely
-        it is itself, without which a crippled circle passes for a circle.
-        """
+        """What --rerank orders by. By `reverse` alone, a crippled circle passes for a circle."""
         share = self.config.rerank_forward
         return share * forward + (1 - share) * reverse
 
     def paint_all(self, prompts, n=1, images=None):
         """
-        Captions -> yields for each, as they get done, n records {"picture": PIL image, "prompt", "seed",
-        "scores"}. images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
+        Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt".
+        images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
         """
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
             for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix)):
-                pixels = self.decode(torch.stack([candidate.tokens for candidate in group[:n]]))
-                yield [candidate.record(picture=data.to_image(x), prompt=prompts[i])
-                       for x, candidate in zip(pixels, group)]
+                pixels = self.decode(torch.stack([record["tokens"] for record in group[:n]]))
+                yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
+                       for x, record in zip(pixels, group)]
 
     def caption_all(self, images, n=1):
-        """PIL images -> yields for each n records {"picture": as encoded, "caption", "seed", "scores"}."""
+        """PIL images -> yields for each n records with "picture", as encoded, and "caption"."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
             raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
@@ -209,8 +194,8 @@ class Run:
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
-                yield [candidate.record(picture=data.to_image(x), caption=self.detokenize(candidate.tokens))
-                       for candidate in group[:n]]
+                yield [{"picture": data.to_image(x), "caption": self.detokenize(record["tokens"]), **record}
+                       for record in group[:n]]
 
     def input_batches(self, count, n, task):
         """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
@@ -238,6 +223,10 @@ class Run:
         return {"t2i": t2i.item(), "i2t": i2t.item()}
 
     # Between pictures or words, and tokens
+
+    def crop(self, image):
+        """PIL image -> as encode() takes it in."""
+        return data.to_image(data.crop_to_tensor(image.convert("RGB"), self.image_size))
 
     def encode(self, images):
         """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
@@ -292,14 +281,6 @@ class Run:
 # -----------------------------------------------------------------------------
 # Uses: what is read, what is made of it, what is written
 
-def read_prompts(path):
-    """The lines of a text file, blank ones left out."""
-    prompts = [line.strip() for line in data.read_lines(path) if line.strip()]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompt")
-    return prompts
-
-
 def read_images(run, paths):
     """
     Image files, and folders of them in the order of their names -> [{"image": path, "picture": PIL image,
@@ -312,8 +293,7 @@ def read_images(run, paths):
         files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if is_folder else [path]
         for file in filter(data.is_image, files) if is_folder else files:
             try:
-                pixels = data.crop_to_tensor(data.load_image(file), run.image_size)
-                records.append({"image": file, "picture": data.to_image(pixels)})
+                records.append({"image": file, "picture": run.crop(data.load_image(file))})
             except data.Unreadable as e:
                 if not is_folder:
                     raise
@@ -325,16 +305,16 @@ def read_images(run, paths):
 
 def save_samples(run, name, groups, columns):
     """
-    Write what is made, lists of records that belong together: every picture by itself, as it comes, as
-    {name}_{i}.png; all that is known in samples.json; and all pictures, with words below, on {name}.png, past
-    64 rows on {name}_sheet_2.png, ...
+    Write lists of records that belong together: each picture, as it comes, as {name}_{i}.png; what is known
+    of them in samples.json; all of them, words below, on {name}.png, past 64 rows on {name}_sheet_2.png, ...
     """
     entries = []
     for record in itertools.chain.from_iterable(groups):
-        entry = {"file": f"{name}_{len(entries)}.png", **record}
-        path = os.path.join(run.save_dir, entry["file"])
-        entry.pop("picture").save(path)
-        entries.append(entry)
+        file = f"{name}_{len(entries)}.png"
+        path = os.path.join(run.save_dir, file)
+        record["picture"].save(path)
+        known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
+        entries.append({"file": file, **known})
         print(f"{record.get('image', path)}: {label(run, record)}")
     save_json(run, "samples", entries)
     for page, start in enumerate(range(0, len(entries), 64 * columns), 1):
@@ -546,12 +526,11 @@ def bleu(captions, references):
 
 def common_length(a, b):
     """Length of the longest common subsequence of two lists of words."""
-    best = [0] * (len(b) + 1)  # row by row: the longest of a[:i] and b[:j]
+    best = [0] * (len(b) + 1)  # of the words of a so far and b[:j]
     for word in a:
-        diagonal = 0
+        before = best.copy()
         for j, other in enumerate(b):
-            longest = diagonal + 1 if word == other else max(best[j], best[j + 1])
-            diagonal, best[j + 1] = best[j + 1], longest
+            best[j + 1] = before[j] + 1 if word == other else max(before[j + 1], best[j])
     return best[-1]
 
 
@@ -658,9 +637,8 @@ def reconstruction_scores(run, val, inception=None):
         for name, metric in metrics.items():
             values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        if inception:
-            for kept, pixels in zip(pictures, (originals, reconstructed)):
-                kept += map(data.to_image, pixels)
+        for kept, pixels in zip(pictures, (originals, reconstructed)):
+            kept += map(data.to_image, pixels)
     scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
         scores["rfid"] = frechet_distance(*map(inception, pictures))
@@ -708,31 +686,24 @@ def generation_scores(run, dataset, is_scenes, inception=None):
     "fid" of the paintings, where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
-    pick = {"": lambda group: min(group, key=lambda candidate: candidate.order)}
+    references = [dataset.captions(i) for i in range(len(dataset))]
+    images = [run.crop(dataset.image(i)) for i in range(len(dataset))]
+    pick = {"": lambda group: min(group, key=lambda record: record["seed"] or 0)}
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
-    prompts, references = one_caption_each(dataset), [dataset.captions(i) for i in range(len(dataset))]
-    originals, painted, captions = [], {suffix: [] for suffix in pick}, {suffix: [] for suffix in pick}
-    for indices in run.input_batches(len(dataset), 1, "painting and captioning"):
-        codes, pixels = run.encode([dataset.image(i) for i in indices])
-        originals += map(data.to_image, pixels)
-        text = run.tokenize([prompts[i] for i in indices])
-        image_groups = run.candidates(text, "image", indices=indices)
-        text_groups = run.candidates(codes, "text", indices=indices)
-        for suffix, choose in pick.items():
-            chosen = torch.stack([choose(group).tokens for group in image_groups])
-            painted[suffix] += map(data.to_image, run.decode(chosen))
-            captions[suffix] += [run.detokenize(choose(group).tokens) for group in text_groups]
+    painted = [[choose(group)["picture"] for choose in pick.values()]
+               for group in run.paint_all(one_caption_each(dataset), run.config.rerank)]
+    captioned = [[choose(group)["caption"] for choose in pick.values()]
+                 for group in run.caption_all(images, run.config.rerank)]
     scores = {}
-    for suffix in pick:
-        found = caption_scores(captions[suffix], references)
+    for suffix, pictures, captions in zip(pick, zip(*painted), zip(*captioned)):
+        found = caption_scores(captions, references)
         if is_scenes:
             facts = [data.parse_caption(others[0]) for others in references]
-            for name, read, made in (("t2i_exact", data.read_scene, painted),
-                                     ("i2t_exact", data.parse_caption, captions)):
-                found[name] = fmean(read(x) == fact for x, fact in zip(made[suffix], facts))
+            found["t2i_exact"] = fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts))
+            found["i2t_exact"] = fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))
         if inception:
-            found["fid"] = frechet_distance(inception(originals), inception(painted[suffix]))
+            found["fid"] = frechet_distance(inception(images), inception(pictures))
         scores.update({name + suffix: value for name, value in found.items()})
     return scores
 
@@ -742,55 +713,44 @@ def generation_scores(run, dataset, is_scenes, inception=None):
 
 STYLE = """<!doctype html><meta charset="utf-8"><style>
 body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
-td {padding: 1px 12px 1px 0} img {max-width: 100%} figure {margin: 0 0 1em}
+img {max-width: 100%} figure {margin: 0 0 1em}
 .grid {display: flex; flex-wrap: wrap; gap: 12px; font-size: 12px}
 .grid figure, .grid img {width: 150px; image-rendering: pixelated}
 </style>"""
 
 
-def html_figure(path, *lines):
-    """A PNG file, and lines of text below."""
-    with open(path, "rb") as f:
-        picture = base64.b64encode(f.read()).decode()
-    text = "<br>".join(map(html.escape, lines))
+def html_lines(pairs):
+    """A dict as lines `name: value`."""
+    return "<br>".join(html.escape(f"{name}: {value}") for name, value in pairs.items())
+
+
+def html_figure(path, text):
+    """A PNG file, and HTML below."""
+    picture = base64.b64encode(Path(path).read_bytes()).decode()
     return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
             f'<figcaption>{text}</figcaption></figure>')
 
 
-def html_table(rows):
-    """A dict as a table of two columns."""
-    cells = (f"<tr><td>{html.escape(str(name))}<td>{html.escape(str(value))}" for name, value in rows.items())
-    return f"<table>{''.join(cells)}</table>"
-
-
-def html_samples(run, entries):
-    """What samples.json lists, as a grid of pictures."""
-    about = [[f"{key}: {entry[key]}" for key in ("seed", "scores", "references") if key in entry]
-             for entry in entries]
-    figures = [html_figure(os.path.join(run.save_dir, entry["file"]), label(run, entry), *lines)
-               for entry, lines in zip(entries, about)]
-    return f'<div class="grid">{"".join(figures)}</div>'
-
-
 def write_page(run):
     """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
-    out_dir = Path(run.config.out_dir).absolute()
+    out_dir, save_dir = Path(run.config.out_dir).absolute(), Path(run.save_dir)
     title = html.escape(out_dir.name)
     parts = [STYLE, f"<title>{title}</title><h1>{title}</h1>"]
-    for name, show in (("scores", html_table), ("samples", functools.partial(html_samples, run))):
-        path = Path(run.save_dir, f"{name}.json")
+    for path in (save_dir / "scores.json", save_dir / "samples.json"):
         if path.exists():
             made = json.loads(path.read_text(encoding="utf-8"))
-            parts += [f"<h2>{name}</h2>", show(made[name]),
-                      f"<details><summary>settings</summary>{html_table(made['settings'])}</details>"]
+            figures = [html_figure(save_dir / entry["file"], html_lines(entry))
+                       for entry in made.get("samples", ())]
+            parts += [f'<h2>{path.stem}</h2><div class="grid">', *figures, "</div>",
+                      html_lines(made.get("scores", {})),
+                      f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
     for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
         grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
         chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
         figures = [html_figure(path, path.name) for path in (*out_dir.glob(f"{stage}_loss.png"), *chosen)]
         parts += [f"<h2>{stage}</h2>", *figures] if figures else []
-    path = Path(run.save_dir, "page.html")
-    path.write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {path}")
+    (save_dir / "page.html").write_text("\n".join(parts), encoding="utf-8")
+    print(f"wrote {save_dir / 'page.html'}")
 
 
 # -----------------------------------------------------------------------------
@@ -844,22 +804,22 @@ def bench(config, rounds=3):
 
 def check_uses(c, given):
     """Raises ValueError, a sentence, for settings that do not go together."""
-    for name in ("prompt", "prompts", "image", "prefix", "reconstruct"):
-        if name in given and not "".join(given[name]).strip():
-            raise ValueError(f"--{name} is empty")
     uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
+    texts = ("prompt", "prompts", "image", "prefix", "reconstruct")
     mistakes = [
+        *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
         (len(uses) > 1 and uses != ["--prompt", "--image"],
          f"{' and '.join(uses)} are different uses: choose one"),
         (c.prompt and c.image and not c.keep_rows,
          "--prompt with --image completes the image: say with --keep_rows how many rows to keep"),
         *((getattr(c, name) and not c.image, f"--{name} needs --image")
           for name in ("keep_rows", "variations", "prefix")),
+        (c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts"),
         (c.keep_rows and not (c.prompt or c.variations),
          "--keep_rows needs --prompt or --variations, by which the other rows are painted"),
-        (c.variations and c.prompt, "--variations paints what the image's captions say: give it no --prompt"),
-        (c.prefix and c.prompt, "--prefix begins a caption of --image: it does not go with --prompt"),
+        (c.prompt and (c.variations or c.prefix),
+         "--variations and --prefix are for captions of --image: they do not go with --prompt"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
         (c.beam and c.rerank > 1,
          f"--beam {c.beam} and --rerank {c.rerank} both choose captions: leave one out"),
@@ -885,7 +845,9 @@ def main(argv):
     check_uses(config, given)
     if config.bench:
         return bench(config)
-    prompts = read_prompts(config.prompts) if config.prompts else [config.prompt]
+    prompts = [config.prompt]
+    if config.prompts:
+        prompts = data.decode_captions(Path(config.prompts).read_bytes(), config.prompts)
     run, scores = Run(config, biart=not config.reconstruct), None
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:

@@ -2597,14 +2597,13 @@ def test_reranking_orders_by_the_reverse_direction(loaded):
         used = loaded.with_settings(rerank=6, rerank_forward=share)
         text = used.tokenize(["a small red circle above a large blue square", "two crosses"])
         for i, group in enumerate(used.candidates(text, "image")):
-            assert sorted(c.order for c in group) == list(range(6))
-            assert len({c.seed for c in group}) == 6
+            assert sorted(c["seed"] for c in group) == list(range(1000 * i, 1000 * i + 6))
             expected = []
             for c in group:
-                sides = text[i:i + 1], c.tokens[None]
+                sides = text[i:i + 1], c["tokens"][None]
                 forward, reverse = (used.biart.log_likelihood(*sides, to)[0].item()
                                     for to in ("image", "text"))
-                assert (forward, reverse) == pytest.approx((c.forward, c.reverse), abs=1e-3)
+                assert c["scores"] == pytest.approx({"forward": forward, "reverse": reverse}, abs=1e-3)
                 expected.append(share * forward + (1 - share) * reverse)
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
 
@@ -2617,7 +2616,7 @@ def test_completion_keeps_rows_and_words(loaded):
     painted = list(used.paint_all(["a cross", "a circle"], 2, images))
     text = used.tokenize(["a cross", "a circle"])
     for i, group in enumerate(used.candidates(text, "image", 2, prefix=codes[:, :40])):
-        tokens = torch.stack([candidate.tokens for candidate in group])
+        tokens = torch.stack([record["tokens"] for record in group])
         assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1))
         assert not torch.equal(tokens[:, 40:], codes[i, 40:])
         for x, record in zip(used.decode(tokens), painted[i]):
@@ -3457,7 +3456,7 @@ def test_bad_uses_are_refused(finished, tmp_path):
     image = ["--image", str(picture)]
     for arguments, message in [
         (["--prompts", "absent.txt"], "there is no file 'absent.txt'"),
-        (["--prompts", str(tmp_path / "blank.txt")], "no prompt"),
+        (["--prompts", str(tmp_path / "blank.txt")], "is empty"),
         (["--prompts", str(tmp_path / "latin1.txt")], "is not UTF-8"),
         (["--image", str(empty)], "no image in the folder"),
         ([*image, "--prompt", "a cross"], "--keep_rows"),
