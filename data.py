@@ -1,7 +1,8 @@
 """
 Captioned pictures: where they come from, how they reach a model, and how they are drawn again.
 
-A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list of str`. Layouts, `--data`:
+A data set has `len()`, `captions(i) -> list of str`, `image(i, min_side=0) -> PIL image in RGB`, which may be
+shrunk as long as its shorter side stays at min_side pixels, and `fingerprint() -> str`. Layouts, `--data`:
 
     scenes    built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
     fake      random pixels and random words, of any size, to measure with
@@ -14,7 +15,7 @@ A data set has `len()`, `image(i) -> PIL image in RGB` and `captions(i) -> list 
 
 A view turns samples into tensors: Pixels for AugVAE, Tokens (encoded once, mapped into memory) for BiART.
 `batches()` feeds either, endlessly; which sample comes when is a pure function of seed, epoch, rank, world
-and step. A sample that cannot be read raises Unreadable; ReadErrors logs it, and another takes its place.
+and step. A sample that cannot be read raises Unreadable, is logged, and another takes its place.
 
 The built-in scenes come with an oracle. `read_scene` reads the attributes back from pixels and
 `parse_caption` from words, so text-to-image and image-to-text are scored by whether the content is right.
@@ -25,6 +26,7 @@ import functools
 import glob
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -33,7 +35,6 @@ import re
 import sys
 import tarfile
 import textwrap
-import threading
 import time
 import zlib
 from dataclasses import dataclass
@@ -66,17 +67,9 @@ class DataConfig:
 
 
 class Dataset:
-    """
-    What all layouts have in common, beside len(). Either method raises Unreadable where a file is broken.
-    image(i, min_side=0) -> PIL image in RGB; may be shrunk, its shorter side not below min_side pixels.
-    captions(i) -> list of str.
-    """
+    """What all layouts have in common. fingerprint() covers names and captions, not what is in the images."""
     captioned = True  # whether captions(i) holds any
     shard_starts = None  # of data in few large files, to be read front to back: the first sample of each
-
-    def fingerprint(self):
-        """A short hash of which samples these are: of names and captions, not of the contents of images."""
-        raise NotImplementedError
 
 
 def fingerprint(*parts):
@@ -283,48 +276,39 @@ class Unreadable(ValueError):
     """An image, caption file or shard cannot be read; the message is one sentence that names it."""
 
 
-def try_read(read, *args):
-    """-> read(*args) and "", or None and what is wrong, a sentence, where that raises Unreadable."""
-    try:
-        return read(*args), ""
-    except Unreadable as e:
-        return None, str(e)
-
-
 class ReadErrors:
-    """Counts reads, and writes what is wrong to a text file (stderr where `log` is empty), each fault once."""
+    """Names in a text file (on stderr where `log` is empty) what could not be read, and counts it."""
 
-    def __init__(self, log=""):
-        self.log, self.written, self.reads, self.failures = log, set(), 0, 0
+    def __init__(self, log="", n=1000):
+        self.log, self.n, self.named, self.reads, self.failures = log, n, set(), 0, 0
 
-    def write(self, fault):
-        if fault not in self.written:
-            self.written.add(fault)
+    def name(self, fault):
+        if fault not in self.named:
+            self.named.add(fault)
             if not self.log:
                 return print(fault, file=sys.stderr)
             with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
                 f.write(fault + "\n")
 
-    def add(self, faults, n=1000, stuck=False):
+    def count(self, faults, stuck=False):
         """
-        Of each read what was wrong, or "". Raises OSError where more than half of the first thousand reads
-        (of all n, if fewer) have failed, or where the caller is stuck.
+        What was wrong with each read, or "". Raises OSError where the caller is stuck, or more than half of
+        the first thousand reads (of all n, if fewer) have failed.
         """
         self.reads += len(faults)
         for fault in filter(None, faults):
             self.failures += 1
-            self.write(fault)
-        if stuck or self.failures > min(n, 1000) / 2 and 2 * self.failures > self.reads:
+            self.name(fault)
+        if stuck or self.failures > min(self.n, 1000) / 2 and 2 * self.failures > self.reads:
             raise OSError(f"{self.failures} of {self.reads} samples could not be read"
                           + (f": {self.log} names them" if self.log else ""))
 
 
 def count_read_errors(log):
     """How many different sentences a log of ReadErrors holds."""
-    if not os.path.exists(log):
-        return 0
-    with open(log, encoding="utf-8", errors="replace") as f:
+    with contextlib.suppress(FileNotFoundError), open(log, "rb") as f:
         return len(set(f))
+    return 0
 
 
 def load_image(file, min_side=0, name=None):
@@ -347,8 +331,6 @@ def load_image(file, min_side=0, name=None):
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return image if image.mode == "RGB" else image.convert("RGB")
-    except FileNotFoundError:
-        raise Unreadable(f"there is no image {file}") from None
     except Exception as e:  # broken files make Pillow's decoders fail in every way
         why = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
         raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
@@ -366,13 +348,13 @@ def decode_captions(content, name):
     return captions
 
 
-def read_lines(path):
-    """The lines of a text file. Raises ValueError that names it where it is missing or not UTF-8."""
+def read_text(path):
+    """The content of a text file. Raises ValueError that names it where it cannot be read or is not UTF-8."""
     try:
         with open(path, encoding="utf-8-sig") as f:
-            return f.read().split("\n")  # splitlines() would also split at rarer characters
-    except FileNotFoundError:
-        raise ValueError(f"there is no file {path!r}") from None
+            return f.read()
+    except OSError as e:
+        raise ValueError(f"there is no file {path!r} that can be read ({e.strerror})") from None
     except UnicodeDecodeError as e:
         raise ValueError(f"{path} is not UTF-8 (byte {e.start})") from None
 
@@ -380,12 +362,10 @@ def read_lines(path):
 @contextlib.contextmanager
 def atomic_write(path, aside=None, part=None):
     """
-    Open a file for writing that appears under its name when all is written and on disk, or not at all.
-    `aside` is the name that the present file at path, if it is to be kept, takes at the last moment; `part`
-    the temporary one, if not a name of this process alone. Raises OSError where it cannot be written; what
-    was there before is untouched.
+    Open a file for writing, named `part` until all is written and on disk, and `path` then. The file that was
+    there before can be moved `aside`. Raises OSError where it cannot be written, and leaves that one alone.
     """
-    part = part or f"{path}.{os.getpid()}.part"
+    part = part or f"{path}.part"
     try:
         with open(part, "wb") as f:
             yield f
@@ -421,88 +401,98 @@ def progress(items, size, what):
                   end="     \r" if terminal and not finished else "\n", flush=True)
 
 
-CHUNK = 64  # samples that are read, and of a token cache encoded and recorded, together
+def try_read(read, *args):
+    """-> (read(*args), ""), or (None, what is wrong) where that raises Unreadable."""
+    try:
+        return read(*args), ""
+    except Unreadable as e:
+        return None, str(e)
 
 
-class Readable(torch.utils.data.Dataset):
-    """[i] -> try_read(read, i)"""
+def read_each(read, indices):
+    """-> try_read(read, i) of each index, as two lists: results, faults."""
+    return zip(*(try_read(read, i) for i in indices))
+
+
+class Batches(torch.utils.data.Dataset):
+    """[a batch of keys] -> read(keys)"""
 
     def __init__(self, read):
         self.read = read
 
-    def __getitem__(self, i):
-        return try_read(self.read, i)
+    def __getitem__(self, keys):
+        return self.read(keys)
+
+
+def load(read, batches_of_keys, errors, workers=0):
+    """Yield results of read(keys) -> (results, faults) for batches of keys, and count the faults."""
+    loader = torch.utils.data.DataLoader(Batches(read), batch_size=None, sampler=batches_of_keys,
+                                         collate_fn=tuple, num_workers=workers,
+                                         pin_memory=torch.cuda.is_available(),
+                                         generator=torch.Generator())  # leaves the global one as it is
+    for results, faults in loader:
+        errors.count(faults, stuck=results is None)
+        yield results
+
+
+CHUNK = 64  # samples that are read, and of a token cache encoded, together
 
 
 def read_chunks(read, indices, what, log="", workers=0, n=None):
     """
-    Yield (64 indices, [read(i) of each, or None where it is Unreadable]), with progress() and, if there are
-    `workers`, by loader processes. Raises OSError where most of them, or of the n that they are a rest of,
-    cannot be read.
+    Yield (64 indices, [read(i) of each, or None where it is Unreadable]), with progress(). Raises OSError
+    where most of them, or of the n that they are a rest of, cannot be read.
     """
-    errors = ReadErrors(log)
-    loader = torch.utils.data.DataLoader(
-        Readable(read), batch_sampler=[indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)],
-        collate_fn=list, num_workers=workers, generator=torch.Generator())
-    for chunk, results in zip(progress(indices, CHUNK, what), loader):
-        errors.add([fault for _, fault in results], n or len(indices))
-        yield chunk, [result for result, _ in results]
+    chunks = [indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)]
+    errors = ReadErrors(log, n or len(indices))
+    return zip(progress(indices, CHUNK, what),
+               load(functools.partial(read_each, read), chunks, errors, workers))
 
 
 # -----------------------------------------------------------------------------
 # Layouts on disk
 
-class PackedStrings:
-    """Strings in one block of bytes, which loader processes share; of a list each would soon have a copy."""
-
-    def __init__(self, strings):
-        encoded = [string.encode("utf-8", "surrogatepass") for string in strings]
-        self.offsets = np.cumsum([0, *map(len, encoded)])
-        self.block = np.frombuffer(b"".join(encoded), np.uint8)
-
-    def __len__(self):
-        return len(self.offsets) - 1
-
-    def __getitem__(self, i):
-        return self.block[self.offsets[i]:self.offsets[i + 1]].tobytes().decode("utf-8", "surrogatepass")
-
-
 class ImageFiles(Dataset):
     """
-    Image files, by paths below a root, and the captions of each, if any: what most layouts come down to.
-    Raises ValueError where there are none, or none of a hundred of them is there.
+    Images by {path below a root: its captions, if any}: what most layouts come down to.
+    Raises ValueError where there is none, `what` being what was looked for, or none of a hundred is there.
     """
 
-    def __init__(self, source, root, paths, captions=()):
-        if not paths:
-            raise ValueError(f"{source} holds no {'captioned ' if captions else ''}image")
-        some = paths[::-(-len(paths) // 100)]
+    def __init__(self, source, root, captions, what="image"):
+        if not captions:
+            raise ValueError(f"{source} holds no {what}")
+        some = list(captions)[::-(-len(captions) // 100)]
         if not any(os.path.lexists(os.path.join(root, path)) for path in some):
-            raise ValueError(f"{source} names images that are not in {root or '.'}, {some[0]} for one")
-        self.root, self.paths, self.captioned = root, PackedStrings(paths), bool(captions)
-        captions = [[text.encode("utf-8", "replace").decode() for text in several] for several in captions]
-        self.texts = PackedStrings(text for several in captions for text in several)
-        self.offsets = np.cumsum([0, *map(len, captions)])  # image i: texts offsets[i] up to offsets[i + 1]
+            raise ValueError(f"there is no {os.path.join(root, some[0])}, nor another image of {source}")
+        self.root, self.captioned = root, any(captions.values())
+        records = ["\0".join([path, *texts]).encode("utf-8", "surrogatepass")
+                   for path, texts in captions.items()]
+        self.ends = np.cumsum([len(record) for record in records])
+        # in one piece, which loader processes share; of a list of strings each would soon have a copy
+        self.records = np.frombuffer(b"".join(records), np.uint8)
+
+    def record(self, i):
+        """-> [path, caption, caption, ...]"""
+        content = self.records[self.ends[i - 1] if i else 0:self.ends[i]].tobytes()
+        return content.decode("utf-8", "surrogatepass").split("\0")
 
     def __len__(self):
-        return len(self.paths)
+        return len(self.ends)
 
     def fingerprint(self):
-        return fingerprint(self.paths.block, self.paths.offsets, self.texts.block, self.texts.offsets,
-                           self.offsets)
+        return fingerprint(self.records, self.ends)
 
     def image(self, i, min_side=0):
-        return load_image(os.path.join(self.root, self.paths[i]), min_side)
+        return load_image(os.path.join(self.root, self.record(i)[0]), min_side)
 
     def captions(self, i):
-        return [self.texts[j] for j in range(self.offsets[i], self.offsets[i + 1])] if self.captioned else []
+        return [text.encode("utf-8", "replace").decode() for text in self.record(i)[1:]]
 
 
 def list_files(folder):
     """
-    All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice, so
-    that a loop of links ends.
-    Raises ValueError where there is no such folder, OSError where one cannot be listed.
+    All files below a folder, as sorted paths relative to it. Links are followed, but into no folder twice: a
+    loop of links ends. Raises ValueError where there is no such folder, OSError where one cannot be listed.
     """
     if not os.path.isdir(folder):
         raise ValueError(f"there is no folder {folder!r}")
@@ -512,11 +502,10 @@ def list_files(folder):
 
     found, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
-        stat = os.stat(parent)
-        if (stat.st_dev, stat.st_ino) in visited:
+        if os.path.realpath(parent) in visited:
             folders.clear()
             continue
-        visited.add((stat.st_dev, stat.st_ino))
+        visited.add(os.path.realpath(parent))
         folders.sort()
         found += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
     return sorted(found)
@@ -527,7 +516,7 @@ def is_image(path):
 
 
 def read_folder(folder):
-    return ImageFiles(folder, folder, [path for path in list_files(folder) if is_image(path)])
+    return ImageFiles(folder, folder, dict.fromkeys(filter(is_image, list_files(folder)), ()))
 
 
 def read_imagenet(folder):
@@ -535,10 +524,10 @@ def read_imagenet(folder):
     listing = f"{os.path.normpath(folder)}_list.txt"
     if not os.path.exists(listing):
         return read_folder(folder)
-    paths = [line.rsplit(None, 1)[0] for line in read_lines(listing) if len(line.split()) > 1]
+    paths = [line.rsplit(None, 1)[0] for line in read_text(listing).split("\n") if len(line.split()) > 1]
     roots = (folder, os.path.dirname(listing))
     root = next((r for r in roots if any(os.path.exists(os.path.join(r, p)) for p in paths[:100])), folder)
-    return ImageFiles(listing, root, paths)
+    return ImageFiles(listing, root, dict.fromkeys(paths, ()))
 
 
 class Pairs(ImageFiles):
@@ -546,15 +535,13 @@ class Pairs(ImageFiles):
 
     def __init__(self, folder):
         paths = list_files(folder)
-        captioned = {path[:-4] for path in paths if path.endswith(".txt")}
-        images = [path for path in paths if is_image(path) and os.path.splitext(path)[0] in captioned]
-        if not images:
-            raise ValueError(f"{folder} holds no image with a text file of the same stem")
-        super().__init__(folder, folder, images)
+        stems = {path[:-4] for path in paths if path.endswith(".txt")}
+        images = [path for path in filter(is_image, paths) if os.path.splitext(path)[0] in stems]
+        super().__init__(folder, folder, dict.fromkeys(images, ()), "image with a text file of the same stem")
         self.captioned = True
 
     def captions(self, i):
-        path = os.path.join(self.root, os.path.splitext(self.paths[i])[0] + ".txt")
+        path = os.path.join(self.root, os.path.splitext(self.record(i)[0])[0] + ".txt")
         try:
             with open(path, "rb") as f:
                 return decode_captions(f.read(), path)
@@ -566,48 +553,38 @@ def read_coco(folder, captions, split):
     """
     A folder of images, and a JSON of one of two kinds. MS-COCO's own: `images` (id, file_name) and
     `annotations` (image_id, caption). The Karpathy split: `images` (filepath if any, filename, split,
-    sentences with `raw`), of which `train` takes train and restval, and `val` takes val. Images without a
-    caption are left out.
-    Raises ValueError where the folder or file is missing, broken, empty, or names images that are not there.
+    sentences with `raw`), of which `train` takes train and restval. Images without a caption are left out.
+    Raises ValueError where a file is missing, broken, or empty.
     """
-    if not os.path.isdir(folder):
-        raise ValueError(f"there is no image folder {folder!r}")
+    text, texts = read_text(captions), {}
     try:
-        with open(captions, encoding="utf-8") as f:
-            record = json.load(f)
-        texts = {}
+        record = json.loads(text)
         if "annotations" in record:
             for annotation in record["annotations"]:
                 texts.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
-            items = [(str(image["file_name"]), texts[image["id"]])
-                     for image in record["images"] if image["id"] in texts]
+            items = [(str(image["file_name"]), texts.get(image["id"])) for image in record["images"]]
         else:
-            splits = {"train": ("train", "restval")}.get(split, (split,))
+            splits = ("train", "restval") if split == "train" else (split,)
             items = [(os.path.join(image.get("filepath", ""), image["filename"]),
                       [str(sentence["raw"]) for sentence in image["sentences"]])
-                     for image in record["images"] if image["split"] in splits and image["sentences"]]
-    except FileNotFoundError:
-        raise ValueError(f"there is no captions file {captions!r}") from None
-    except OSError as e:
-        raise ValueError(f"captions file {captions!r} cannot be read ({e.strerror})") from None
+                     for image in record["images"] if image["split"] in splits]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise ValueError(f"{captions} is neither a COCO captions JSON (`images` and `annotations`) nor a "
                          f"Karpathy split ({type(e).__name__}: {e})") from None
-    if not items:
-        raise ValueError(f"{captions} holds no captioned image")
-    return ImageFiles(captions, folder, *zip(*items))
+    captioned = {path: several for path, several in items if several}
+    return ImageFiles(captions, folder, captioned, "captioned image")
 
 
 def read_tsv(path):
     """Lines `caption TAB path`, paths from where the file lies; lines of one path belong to one image."""
     texts = {}
-    for number, line in enumerate(read_lines(path), 1):
-        caption, *rest = line.split("\t")
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        caption, image, *_ = (field.strip() for field in f"{line}\t".split("\t"))
         if line.strip():
-            if not rest or not rest[0].strip() or not caption.strip():
+            if not caption or not image:
                 raise ValueError(f"{path}, line {number}: {line[:60]!r} is not a caption, a tab, and a path")
-            texts.setdefault(rest[0].strip(), []).append(caption.strip())
-    return ImageFiles(path, os.path.dirname(path), list(texts), list(texts.values()))
+            texts.setdefault(image, []).append(caption)
+    return ImageFiles(path, os.path.dirname(path), texts, "captioned image")
 
 
 class Fake(Dataset):
@@ -626,8 +603,7 @@ class Fake(Dataset):
 
     def image(self, i, min_side=0):
         rng = np.random.RandomState(zlib.crc32(f"{self.split} {i}".encode()))
-        return Image.fromarray(np.frombuffer(rng.bytes(3 * self.size[0] * self.size[1]), np.uint8)
-                               .reshape(self.size[1], self.size[0], 3))
+        return Image.frombytes("RGB", tuple(self.size), rng.bytes(3 * self.size[0] * self.size[1]))
 
     def captions(self, i):
         return [" ".join(random.Random(f"fake {self.split} {i}").choices((*COLOURS, *SHAPES), k=8))]
@@ -649,7 +625,8 @@ def expand_shards(pattern):
     for part in filter(None, re.split(r",(?![^{]*})", pattern)):  # at the commas outside braces
         if part.startswith("@"):
             folder = os.path.dirname(part[1:])
-            found += [os.path.join(folder, line.strip()) for line in read_lines(part[1:]) if line.strip()]
+            lines = filter(None, map(str.strip, read_text(part[1:]).split("\n")))
+            found += [os.path.join(folder, line) for line in lines]
             continue
         for name in expand_braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part):
             found += sorted(glob.glob(name)) or [name]
@@ -664,83 +641,68 @@ def expand_braces(pattern):
     match = re.search(r"{([^{}]*)}", pattern)
     if not match:
         return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
+    names, span = match[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
     if span:
         names = [f"{i:0{len(span[1])}d}" for i in range(int(span[1]), int(span[2]) + 1)]
-    else:
-        names = match[1].split(",")
     before, after = pattern[:match.start()], expand_braces(pattern[match.end():])
     return [before + name + rest for name in names for rest in after]
 
 
 def index_shard(path):
     """
-    A tar -> its samples that have an image, as an array of SAMPLE in the order of the file, and a sentence
-    that says what is wrong with it, or "". Reads headers alone. Members whose paths are the same up to the
-    first dot of the name are a sample.
+    A tar -> its samples that have an image, an array of SAMPLE in the order of the file, and what is wrong
+    with it, or "". Reads headers alone. Members of one path, up to the name's first dot, are one sample.
     """
-    samples, fault = {}, ""
+    members, fault = [], ""
     try:
         with tarfile.open(path, "r:") as tar:
             with contextlib.suppress(tarfile.ReadError):  # cut inside a member: the block at tar.offset tells
                 for member in tar:
-                    add_member(samples, member)
+                    members.append(member)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # what a whole tar ends with
                 fault = f"tar shard {path} is cut or damaged at byte {tar.offset:,}"
     except tarfile.ReadError as e:
         fault = f"{path} is not a tar shard that can be read ({e}); compressed ones have to be unpacked"
-    found = [(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
-             if "image" in sample]
-    found = np.array(found, SAMPLE)
+    samples = {}  # {(folder, key): {"image" or "txt": (offset, size)}}
+    for member in members:
+        folder, name = os.path.split(member.name)
+        key, _, extension = name.partition(".")
+        kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
+        if kind in ("image", "txt") and member.isreg():
+            samples.setdefault((folder, key), {}).setdefault(kind, (member.offset_data, member.size))
+    found = np.array([(*sample["image"], *sample.get("txt", (0, 0))) for sample in samples.values()
+                      if "image" in sample], SAMPLE)
     ends = np.maximum(found["image"] + found["image_size"], found["text"] + found["text_size"])
     return found[ends <= os.path.getsize(path)], fault
 
 
-def add_member(samples, member):
-    """Note in {(folder, key): {"image" or "txt": (offset, size)}} where a tar member is, if it is either."""
-    folder, name = os.path.split(member.name)
-    key, _, extension = name.partition(".")
-    kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
-    if kind in ("image", "txt") and member.isreg():
-        samples.setdefault((folder, key), {}).setdefault(kind, (member.offset_data, member.size))
-
-
 def load_shard_index(path, index_dir):
-    """index_shard(), kept in a file beside the shard or in index_dir; made anew if the shard has changed."""
-    index_path = f"{path}.index.npz"
+    """index_shard(), kept beside the shard or in index_dir, by a name that tells if the shard has changed."""
+    stat = os.stat(path)
+    name = f"{os.path.basename(path)}.{stat.st_size:x}.{stat.st_mtime_ns:x}.npz"
     if index_dir:
-        path_hash = zlib.crc32(os.path.abspath(path).encode())
-        index_path = os.path.join(index_dir, f"{path_hash:08x}_{os.path.basename(index_path)}")
-    stamp = [os.stat(path).st_size, os.stat(path).st_mtime_ns]
-    if os.path.exists(index_path):
-        with np.load(index_path) as found:
-            if found["stamp"].tolist() == stamp:
-                return found["samples"], str(found["fault"])
-    try:
-        samples, fault = index_shard(path)
-    except OSError as e:  # which may pass, and so is not kept
-        return np.zeros(0, SAMPLE), f"tar shard {path} cannot be read ({e.strerror})"
-    try:
-        with atomic_write(index_path) as f:
-            np.savez(f, samples=samples, stamp=np.array(stamp), fault=np.array(fault))
-    except OSError as e:
-        raise OSError(f"the index {e}; --index_dir names another folder for it") from None
-    return samples, fault
-
-
-@functools.lru_cache(maxsize=64)
-def open_shard(path, _process, _thread):
-    """An open file for one thread of one process: where it is shared, all would seek in it at once."""
-    return open(path, "rb")
+        name = f"{zlib.crc32(os.path.abspath(path).encode()):08x}_{name}"
+    index_path = os.path.join(index_dir or os.path.dirname(path), name)
+    if not os.path.exists(index_path):
+        try:
+            samples, fault = index_shard(path)
+        except OSError as e:  # which may pass, and so is not kept
+            return np.zeros(0, SAMPLE), f"tar shard {path} cannot be read ({e.strerror})"
+        try:  # ranks may write one at once, each under a name of its own
+            with atomic_write(index_path, part=f"{index_path}.{os.getpid()}.part") as f:
+                np.savez(f, samples=samples, fault=np.array(fault))
+        except OSError as e:
+            raise OSError(f"the index {e}; --index_dir names another folder for it") from None
+    with np.load(index_path) as found:
+        return found["samples"], str(found["fault"])
 
 
 class Tar(Dataset):
     """
     WebDataset shards, read where their indices say. Samples without a text are left out where others have
     one. Shards that cannot be read, or are cut, are logged, and what is whole in them is used.
-    The indices take some 20 to 30 s per million members, once. Ranks that start together share the work, and
-    a run that was stopped goes on with what is missing.
+    The indices take some 20 to 30 s per million members, once; ranks that start together share the work.
     Raises ValueError where no sample is left, OSError where an index cannot be written.
     """
 
@@ -748,22 +710,21 @@ class Tar(Dataset):
         if index_dir:
             os.makedirs(index_dir, exist_ok=True)
         shuffled = random.Random().sample(paths, len(paths))  # each rank begins with other shards
-        for [path] in progress(shuffled, 1, "indexing tar shards"):
-            load_shard_index(path, index_dir)
-        errors, shards = ReadErrors(log), []
-        for path in paths:
-            samples, fault = load_shard_index(path, index_dir)
-            if fault:
-                errors.write(fault)
-            shards.append(samples)
-        self.captioned = any((samples["text_size"] > 0).any() for samples in shards)
-        if self.captioned:
-            shards = [samples[samples["text_size"] > 0] for samples in shards]
-        self.paths = [path for path, samples in zip(paths, shards) if len(samples)]
+        indices = {path: load_shard_index(path, index_dir)
+                   for [path] in progress(shuffled, 1, "indexing tar shards")}
+        shards, faults = zip(*(indices[path] for path in paths))
+        errors = ReadErrors(log)
+        for fault in filter(None, faults):
+            errors.name(fault)
+        samples, shard = np.concatenate(shards), np.repeat(np.arange(len(paths)), list(map(len, shards)))
+        has_text = samples["text_size"] > 0
+        self.captioned = bool(has_text.any())
+        usable = has_text if self.captioned else ~has_text
+        self.samples = samples[usable]
+        used, self.shard_starts = np.unique(shard[usable], return_index=True)
+        self.paths = [paths[i] for i in used]
         if not self.paths:
             raise ValueError(f"none of the {len(paths)} tar shards, {paths[0]} for one, holds an image")
-        self.samples = np.concatenate(shards)
-        self.shard_starts = np.cumsum([0, *(len(samples) for samples in shards if len(samples))])[:-1]
 
     def __len__(self):
         return len(self.samples)
@@ -776,10 +737,10 @@ class Tar(Dataset):
         path = self.paths[np.searchsorted(self.shard_starts, i, "right") - 1]
         start, size = int(self.samples[i][kind]), int(self.samples[i][f"{kind}_size"])
         try:
-            f = open_shard(path, os.getpid(), threading.get_ident())
-            f.seek(start - tarfile.BLOCKSIZE)
-            header = f.read(tarfile.BLOCKSIZE)  # begins with the member's name, 100 bytes
-            content = f.read(size)
+            with open(path, "rb") as f:
+                f.seek(start - tarfile.BLOCKSIZE)
+                header = f.read(tarfile.BLOCKSIZE)  # begins with the member's name, 100 bytes
+                content = f.read(size)
         except OSError as e:
             raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
         return content, f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
@@ -805,20 +766,17 @@ def open_data(config, split, log=""):
     """
     n = config.n_scenes if split == "train" else 1024
     where, captions = (getattr(config, f"{split}_{name}", "") for name in ("dir", "captions"))
-    if config.data in ("scenes", "fake"):
-        if where:
-            raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: "
-                             "name its layout by --data")
-        return Scenes(split, n) if config.data == "scenes" else Fake(split, n, config.fake_size)
-    if not where or config.data == "coco" and not captions:
-        needs = {"coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv", "tar": "SHARDS"}
-        raise ValueError(f"--data {config.data} needs --{split}_dir {needs.get(config.data, 'FOLDER')}")
-    if config.data == "coco":
-        return read_coco(where, captions, split)
-    if config.data == "tar":
-        return Tar(expand_shards(where), config.index_dir, log)
-    readers = {"imagenet": read_imagenet, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
-    return readers[config.data](where)
+    needs = {"scenes": "", "fake": "", "coco": f"IMAGES and --{split}_captions JSON", "tsv": "FILE.tsv",
+             "tar": "SHARDS"}.get(config.data, "FOLDER")
+    if where and not needs:
+        raise ValueError(f"--data {config.data} reads no --{split}_dir {where}: name its layout by --data")
+    if needs and not where or config.data == "coco" and not captions:
+        raise ValueError(f"--data {config.data} needs --{split}_dir {needs}")
+    return {"scenes": lambda: Scenes(split, n), "fake": lambda: Fake(split, n, config.fake_size),
+            "imagenet": lambda: read_imagenet(where), "folder": lambda: read_folder(where),
+            "pairs": lambda: Pairs(where), "coco": lambda: read_coco(where, captions, split),
+            "tsv": lambda: read_tsv(where),
+            "tar": lambda: Tar(expand_shards(where), config.index_dir, log)}[config.data]()
 
 
 class Subset(Dataset):
@@ -842,12 +800,12 @@ class Subset(Dataset):
 
 def validation_subset(dataset, count, log=""):
     """`count` samples (all, if fewer) drawn at random from those that can be read, the same each time."""
-    errors, indices = ReadErrors(log), []
+    errors, indices = ReadErrors(log, len(dataset)), []
     for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
         if len(indices) == count:
             break
         found, fault = try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64)))
-        errors.add([fault], len(dataset))
+        errors.count([fault])
         if found:
             indices.append(i)
     return Subset(dataset, indices)
@@ -895,14 +853,14 @@ class Pixels:
     """Images alone, for AugVAE: item(i, rng) -> (tensor (3, size, size) in [-1, 1],)."""
 
     def __init__(self, dataset, size, crop_scale, crop_of="square"):
-        self.dataset, self.size, self.shard_starts = dataset, size, dataset.shard_starts
-        self.crop_scale, self.crop_of, self.min_side = crop_scale, crop_of, min_crop_side(size, crop_scale)
+        self.dataset, self.size, self.crop_scale, self.crop_of = dataset, size, crop_scale, crop_of
+        self.shard_starts = dataset.shard_starts
 
     def __len__(self):
         return len(self.dataset)
 
     def item(self, i, rng):
-        image = self.dataset.image(i, self.min_side)
+        image = self.dataset.image(i, min_crop_side(self.size, self.crop_scale))
         return (crop_to_tensor(image, self.size, self.crop_scale, rng, self.crop_of),)
 
 
@@ -915,8 +873,7 @@ class ResumableBatchSampler:
     global batches of world * batch_size, of which every rank takes its own stretch. `position` counts the
     samples that all ranks have drawn since training began; `start` is the one to begin with.
     A pure function of (seed, epoch, rank, world, position), so a run resumes at the very next sample, on any
-    number of ranks. Every epoch holds each sample once over all ranks; one that is no multiple of the global
-    batch ends inside a batch, and the next epoch goes on there: nothing is dropped, doubled or padded.
+    number of ranks. An epoch may end inside a batch, where the next goes on: nothing is dropped or doubled.
 
     Of shards, given by the first sample of each, the permutation is one that reads files from front to back:
     shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on a stretch,
@@ -939,16 +896,14 @@ class ResumableBatchSampler:
         delays = torch.rand(self.n, generator=generator, dtype=torch.float64) * self.shuffle_buffer
         shuffled = in_order[(torch.arange(self.n) + delays).argsort().numpy()]
         # the first stretch of these goes to the positions of rank 0, the next to those of rank 1, ...
-        positions = np.arange(epoch * self.n, (epoch + 1) * self.n)
-        ranks = positions // self.batch_size % self.world
-        positions_by_rank = np.argsort(ranks, kind="stable")
+        ranks = np.arange(epoch * self.n, (epoch + 1) * self.n) // self.batch_size % self.world
         permutation = np.empty_like(shuffled)
-        permutation[positions_by_rank] = shuffled
+        permutation[np.argsort(ranks, kind="stable")] = shuffled
         return permutation
 
     def __iter__(self):
-        epoch, permutation, begin = -1, None, self.start + self.rank * self.batch_size
-        while True:
+        epoch, stride = -1, self.world * self.batch_size
+        for begin in itertools.count(self.start + self.rank * self.batch_size, stride):
             batch = []
             for position in range(begin, begin + self.batch_size):
                 if position // self.n != epoch:
@@ -956,93 +911,76 @@ class ResumableBatchSampler:
                     permutation = self.permutation(epoch)
                 batch.append((int(permutation[position % self.n]), position))
             yield batch
-            begin += self.world * self.batch_size
 
 
-class SeededView(torch.utils.data.Dataset):
+def draw(view, seed, keys):
     """
-    [(i, position)] -> a view's item(i, rng), where rng depends on the seed and the position alone, and "". For
-    a sample that cannot be read, the same rng draws another, up to a hundred times: -> the first that can be
-    (None, if none can), and what is wrong with each before it.
+    [(i, position)] -> a view's item(i, rng) of each, as a list of stacked tensors, and the faults of all
+    reads. rng depends on the seed and the position alone. For a sample that cannot be read it draws another;
+    after a hundred in a row there is None instead of a batch.
     """
-
-    def __init__(self, view, seed):
-        self.view, self.seed = view, seed
-
-    def __getitem__(self, key):
-        i, position = key
-        rng, faults = random.Random(f"{self.seed} {position}"), []
-        while True:
-            item, fault = try_read(self.view.item, i, rng)
+    items, faults = [], []
+    for i, position in keys:
+        rng, item = random.Random(f"{seed} {position}"), None
+        for _ in range(100):
+            item, fault = try_read(view.item, i, rng)
             faults.append(fault)
-            if item or len(faults) == 100:
-                return item, faults
-            i = rng.randrange(len(self.view))
-
-
-def collate(samples):
-    """Of SeededView -> a list of stacked tensors (None where an item is None), and the faults of all reads."""
-    items, faults = zip(*samples)
-    return torch.utils.data.default_collate(items) if all(items) else None, sum(faults, [])
+            if item:
+                break
+            i = rng.randrange(len(view))
+        items.append(item)
+    return torch.utils.data.default_collate(items) if all(items) else None, faults
 
 
 def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, shuffle_buffer=4096, log=""):
     """
-    An endless iterator over batches of a view, each a list of stacked tensors: see ResumableBatchSampler for
-    what comes when, SeededView for samples that cannot be read; those are named in the text file `log`.
-    Raises OSError where most cannot: see ReadErrors.
+    An endless iterator over batches of a view, each a list of stacked tensors. See ResumableBatchSampler for
+    what comes when. Samples that cannot be read are named in the text file `log`; OSError where most cannot.
     """
-    errors = ReadErrors(log)
     sampler = ResumableBatchSampler(len(view), batch_size, seed=seed, start=start, rank=rank, world=world,
                                     shard_starts=view.shard_starts, shuffle_buffer=shuffle_buffer)
-    loader = torch.utils.data.DataLoader(SeededView(view, seed), batch_sampler=sampler, num_workers=workers,
-                                         collate_fn=collate, pin_memory=torch.cuda.is_available(),
-                                         generator=torch.Generator())  # leaves the global one as it is
-    for batch, faults in loader:
-        errors.add(faults, stuck=batch is None)
-        yield batch
+    return load(functools.partial(draw, view, seed), sampler, ReadErrors(log), workers)
 
 
 # -----------------------------------------------------------------------------
-# The token cache: a data set of N samples as tokens, encoded once, in a folder of five files
+# The token cache: a data set as tokens, encoded once, in a folder of
 #
-#     codes.npy    uint16 (N, crops, n_image)   image codes, of one or several crops
-#     texts.npy    uint16 (n_captions, n_text)  text ids of all captions
-#     offsets.npy  int64 (N + 1,)               the captions of sample i are texts[offsets[i]:offsets[i + 1]]
-#     state.npy    uint8 (N,)                   TO_DO, DONE or UNREADABLE
-#     key.json     what the tokens depend on
+#     key.json               what the tokens depend on, and how many parts there are
+#     00000.npy, 00001.npy   the parts, 1,024 samples each: a row for every one that can be read
+#
+# A row is codes (crops, n_image), texts (n_texts, n_text), both uint16, and n_texts; texts are filled up with
+# zeros to the most in the part. A part appears when all of it is on disk: what is there is done.
 
-TO_DO, DONE, UNREADABLE = 0, 1, 2
+PART = 16 * CHUNK
 
 
 class Tokens:
     """
-    The samples of a token cache that could be read, for BiART. Its files are mapped, not read: all processes
-    of a machine share one copy, of which only what is used is in memory.
-    item(i, rng) -> (text ids (n_text,), one caption drawn by rng; image codes (n_image,), one crop drawn by
-    rng; null, a bool tensor). `null` is true with probability null_prob: this sample's reference side is to
-    be blanked, for guidance.
+    The samples of a token cache, for BiART. Its files are mapped, not read: the processes of a machine share
+    one copy, of which only what is used is in memory.
+    item(i, rng) -> (text ids (n_text,) of a random caption; image codes (n_image,) of a random crop; null, a
+    bool tensor, true with probability null_prob: the reference side is to be blanked, for guidance).
     """
     shard_starts = None
 
     def __init__(self, folder, null_prob=0.0):
         self.folder, self.null_prob = folder, null_prob
-        self.codes, self.texts, self.offsets, state = (
-            np.load(os.path.join(folder, f"{name}.npy"), mmap_mode="r")
-            for name in ("codes", "texts", "offsets", "state"))
-        self.rows = np.flatnonzero(state == DONE)
+        self.parts = [np.load(part_path(folder, part), mmap_mode="r")
+                      for part in range(read_key(folder)["parts"])]
+        self.ends = np.cumsum([len(rows) for rows in self.parts])
 
     def __reduce__(self):  # a loader process maps the files anew instead of being sent a copy
         return Tokens, (self.folder, self.null_prob)
 
     def __len__(self):
-        return len(self.rows)
+        return int(self.ends[-1])
 
     def item(self, i, rng):
-        row = self.rows[i]
-        text = self.texts[rng.randrange(self.offsets[row], self.offsets[row + 1])]
+        part = np.searchsorted(self.ends, i, "right")
+        row = self.parts[part][i - self.ends[part]]  # counted from the end of the part
+        text = row["texts"][rng.randrange(row["n_texts"])]
         null = torch.tensor(rng.random() < self.null_prob)
-        codes = self.codes[row, rng.randrange(self.codes.shape[1])]
+        codes = row["codes"][rng.randrange(len(row["codes"]))]
         text, codes = (torch.from_numpy(ids.astype(np.int64)) for ids in (text, codes))
         return text, codes, null
 
@@ -1057,147 +995,112 @@ class TokenCacheSource:
     def __init__(self, dataset, tokenizer, n_text, size, crops=1, scale=1.0, log="", workers=0):
         if len(tokenizer) > 1 << 16:
             raise ValueError(f"the token cache holds ids below 65536: {len(tokenizer):,} tokens are too many")
-        if crops < 1:
-            raise ValueError(f"--cache_crops {crops} is less than 1")
         self.dataset, self.tokenizer, self.n_text, self.size = dataset, tokenizer, n_text, size
         self.crops, self.scale = crops, scale if crops > 1 else 1.0
         self.log, self.workers = log, workers
 
     def key(self):
         return {"tokenizer": self.tokenizer.fingerprint(), "data": self.dataset.fingerprint(),
-                "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} text tokens"}
+                "transforms": f"{self.size} px, {self.crops} x {self.scale}, {self.n_text} ids a text"}
 
-    def texts(self, i):
-        """-> ids of a sample's captions (n_captions, n_text), and how many of them had to be cut."""
+    def read(self, i):
+        """-> text ids (n_texts, n_text), how many texts were cut, crops (crops, 3, size, size) in [-1, 1]."""
         captions = self.dataset.captions(i)
         ids, cut = zip(*(self.tokenizer.encode_padded(caption, self.n_text) for caption in captions))
-        return np.array(ids, np.uint16), sum(cut)
-
-    def images(self, i):
-        """-> a sample's crops (crops, 3, size, size) in [-1, 1]."""
         image = self.dataset.image(i, min_crop_side(self.size, self.scale))
-        return torch.stack([crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
-                            for n in range(self.crops)])
+        crops = [crop_to_tensor(image, self.size, self.scale, random.Random(f"{i} {n}"))
+                 for n in range(self.crops)]
+        return np.array(ids, np.uint16), sum(cut), torch.stack(crops)
 
 
 def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, all_reduce=lambda x: x):
     """
-    Encode a TokenCacheSource into a folder that Tokens() maps, or what is left to do of it; -> the folder.
+    Encode a TokenCacheSource into a folder for Tokens(), or what is left to do of it; -> the folder.
     encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of what else the codes
     depend on. all_reduce: adds a tensor up over all ranks and returns the sum, and so makes them wait.
-    Every rank writes rows of its own, and which are done is on disk too, so a run that was killed goes on
-    where it was, with as many ranks as it likes. Samples that cannot be read are marked and left out.
+    Every rank writes parts of its own; a run that was killed goes on with those that are missing, on as many
+    ranks as it likes. Samples that cannot be read are logged and left out.
     Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
-    key = {**key, **source.key()}
-    if rank == 0:
-        claim_folder(folder, key, own)
-    all_reduce(torch.zeros(1))
-    found = read_key(folder)
-    differ = " and ".join(name for name, value in key.items() if found.get(name) != value)
-    if differ:
-        raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
-
-    state_path = os.path.join(folder, "state.npy")
-    if rank == 0 and not os.path.exists(state_path):
-        create_token_cache(source, encode, folder)
-    while True:
-        state = torch.zeros(len(source.dataset), dtype=torch.int32)
-        if rank == 0:
-            state += torch.from_numpy(np.load(state_path))
-        rows = np.flatnonzero(all_reduce(state).numpy() == TO_DO)  # as rank 0 sees it
-        if not len(rows):
-            return folder
-        encode_rows(source, encode, folder, np.array_split(rows, world)[rank].tolist(), world)
-        all_reduce(torch.zeros(1))
+    n = len(source.dataset)
+    done = torch.zeros(-(-n // PART), dtype=torch.int32)
+    claim_folder(folder, {**key, **source.key()}, len(done), own, rank)
+    if rank == 0:  # whose view of a network file system counts
+        done += torch.tensor([os.path.exists(part_path(folder, part)) for part in range(len(done))])
+    mine = np.flatnonzero(all_reduce(done).numpy() == 0)[rank::world]
+    rows = [row for part in mine for row in range(part * PART, min(n, (part + 1) * PART))]
+    n_cut, n_texts = all_reduce(encode_rows(source, encode, folder, rows, world)).tolist()
+    if n_cut and rank == 0:
+        print(f"warning: {n_cut:,} of {n_texts:,} captions are longer than --n_text {source.n_text} and "
+              "were cut", flush=True)
+    return folder
 
 
-def claim_folder(folder, key, own):
-    """Write key.json where there is none; of another key and our own, it goes, and state.npy before it."""
-    key_path, state_path = (os.path.join(folder, name) for name in ("key.json", "state.npy"))
-    os.makedirs(folder, exist_ok=True)
-    if own and os.path.exists(key_path) and read_key(folder) != key:
-        for path in (state_path, key_path):  # without a state, the other files count for nothing
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(path)
-    if not os.path.exists(key_path):
-        with atomic_write(key_path) as f:
-            f.write(json.dumps(key).encode())
+def part_path(folder, part):
+    return os.path.join(folder, f"{part:05d}.npy")
 
 
 def read_key(folder):
     path = os.path.join(folder, "key.json")
     try:
-        with open(path, encoding="utf-8") as f:
-            return dict(json.load(f))
+        return dict(json.loads(read_text(path)))
     except (ValueError, TypeError):
         raise ValueError(f"{path} does not describe a token cache") from None
 
 
-def create_token_cache(source, encode, folder):
-    """Write all texts, and codes and state with every image to do; state.npy last, when all is there."""
-    n, counts, texts, n_cut = len(source.dataset), [], [], 0
-    nothing = np.zeros((0, source.n_text), np.uint16), 0
-    for _, results in read_chunks(source.texts, range(n), "tokenising captions", source.log, source.workers):
-        for ids, cut in (result or nothing for result in results):
-            counts.append(len(ids))
-            texts.append(ids)
-            n_cut += cut
-    if n_cut:
-        print(f"warning: {n_cut:,} of {sum(counts):,} captions are longer than --n_text {source.n_text} and "
-              "were cut", flush=True)
-    n_image = encode(torch.zeros(1, 3, source.size, source.size)).shape[1]
-    np.lib.format.open_memmap(os.path.join(folder, "codes.npy"), "w+", np.uint16, (n, source.crops, n_image))
-    columns = {"texts": np.concatenate(texts), "offsets": np.cumsum([0, *counts]),
-               "state": np.where(counts, TO_DO, UNREADABLE).astype(np.uint8)}
-    for name, column in columns.items():
-        with atomic_write(os.path.join(folder, f"{name}.npy")) as f:
-            np.save(f, column)
+def claim_folder(folder, key, n_parts, own, rank):
+    """Rank 0 writes key.json where there is none, or our own of another key, whose parts it removes first."""
+    path = os.path.join(folder, "key.json")
+    found = read_key(folder) if os.path.exists(path) else {}
+    differ = " and ".join(name for name, value in key.items() if found and found.get(name) != value)
+    if differ and not own:
+        raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
+    if rank == 0 and (differ or not found):
+        os.makedirs(folder, exist_ok=True)
+        for part in glob.glob(os.path.join(glob.escape(folder), "*.npy")) if differ else ():
+            os.remove(part)
+        with atomic_write(path) as f:
+            f.write(json.dumps({**key, "parts": n_parts}).encode())
 
 
 def encode_rows(source, encode, folder, rows, world):
     """
-    Encode a rank's share of images, chunk by chunk. Those that are unreadable are marked last: were it most
-    of them, as of a disk that is not there, the next run had to try again.
+    Encode and write the parts that the rows make up; -> tensor (captions cut, captions). Parts that are
+    mostly unreadable are written last: were it all of them, as of a disk that is not there, read_chunks()
+    raises before, and the next run tries again.
     """
-    n, unreadable = len(source.dataset), []
-    codes_path, state_path = (os.path.join(folder, name) for name in ("codes.npy", "state.npy"))
-    chunks = read_chunks(source.images, rows, "encoding", source.log, source.workers, n // world)
-    for chunk, results in chunks:
-        done = [row for row, images in zip(chunk, results) if images is not None]
-        unreadable += [row for row, images in zip(chunk, results) if images is None]
-        if not done:
-            continue
-        images = torch.cat([images for images in results if images is not None])
-        codes = encode(images).cpu().numpy()  # (B * crops, n_image)
-        if codes.max() > 65535:
-            raise ValueError(f"the token cache holds codes below 65536, not {codes.max()}")
-        codes = codes.astype(np.uint16).reshape(len(done), source.crops, -1)
-        write_rows(codes_path, n, done, codes)
-        write_rows(state_path, n, done, np.full(len(done), DONE, np.uint8))
-    write_rows(state_path, n, unreadable, np.full(len(unreadable), UNREADABLE, np.uint8))
+    n, counts, samples, last = len(source.dataset), torch.zeros(2, dtype=torch.int64), [], []
+    for chunk, results in read_chunks(source.read, rows, "encoding", source.log, source.workers, n // world):
+        found = [result for result in results if result]
+        if found:
+            texts, cut, images = zip(*found)
+            counts += torch.tensor([sum(cut), sum(map(len, texts))])
+            codes = encode(torch.cat(images)).cpu().numpy()  # (B * crops, n_image)
+            if codes.max() > 65535:
+                raise ValueError(f"the token cache holds codes below 65536, not {codes.max()}")
+            samples += zip(texts, codes.reshape(len(found), source.crops, -1))
+        if (chunk[-1] + 1) % PART == 0 or chunk[-1] + 1 == n:
+            last.append((part_path(folder, chunk[-1] // PART), samples))
+            if 2 * len(samples) > PART:
+                write_part(*last.pop())
+            samples = []
+    for path, samples in last:
+        write_part(path, samples)
+    return counts
 
 
-def write_rows(path, n, rows, values):
-    """
-    Overwrite some of the n rows of a .npy file; they are on disk when this returns. By a file and not by a
-    map, as a full disk kills a process that writes to one. The file is opened for writing alone: a network
-    file system may else send whole pages, with what it believes to be in the rows of other ranks.
-    """
-    def write_only(path, _flags):
-        return os.open(path, os.O_WRONLY | getattr(os, "O_BINARY", 0))
-
-    row_bytes = values[:1].nbytes
-    try:
-        header_bytes = os.path.getsize(path) - n * row_bytes
-        with open(path, "r+b", opener=write_only) as f:
-            for row, value in zip(rows, values):
-                f.seek(header_bytes + row * row_bytes)
-                f.write(value.tobytes())
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as e:
-        raise OSError(f"{path} could not be written ({e.strerror}); what is in it already, stays") from None
+def write_part(path, samples):
+    """[(text ids (n_texts, n_text), codes (crops, n_image))] -> a file of a row for each."""
+    rows = np.zeros(0)
+    if samples:
+        texts, codes = samples[0]
+        most = max(len(texts) for texts, _ in samples)
+        rows = np.zeros(len(samples), [("codes", "u2", codes.shape), ("n_texts", "i8"),
+                                       ("texts", "u2", (most, texts.shape[1]))])
+    for row, (texts, codes) in zip(rows, samples):
+        row["codes"], row["n_texts"], row["texts"][:len(texts)] = codes, len(texts), texts
+    with atomic_write(path) as f:
+        np.save(f, rows)
 
 
 # -----------------------------------------------------------------------------
