@@ -12,9 +12,8 @@ $ python sample.py --image picture.png --variations paint what the captions say 
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
 $ python sample.py --eval --rerank 8                scores on validation data, one JSON object last
 
---save_dir gets pictures one by one, a contact sheet, samples.json (prompts, seeds, settings, scores), after
---eval scores.json, and with --html all of it on one page, page.html, with the run's curves and grids.
-From Python, see load().
+--save_dir gets pictures, a contact sheet, samples.json (prompts, seeds, settings, scores) or scores.json, and
+with --html page.html: all of it, and the run's curves and grids. From Python, see load().
 
 References:
 1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's network).
@@ -43,7 +42,6 @@ from torch import nn
 
 import augvae
 import data
-from augvae import AugVAE, AugVAEConfig, codebook_use
 from biart import BiART, BiARTConfig
 from data import DataConfig
 from tokenizer import Tokenizer
@@ -92,11 +90,10 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
-    limits = {**dict.fromkeys(("keep_rows", "temperature", "top_k", "guidance", "beam", "length_penalty"),
-                              "[0, inf)"),
-              **dict.fromkeys(("batch_size", "eval_items", "eval_pairs"), "[1, inf)"),
-              "n": "[1, 1000]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "top_p": "(0, 1]",
-              "seed": "[0, 1e18]"}
+    limits = {"keep_rows": "[0, inf)", "eval_items": "[1, inf)", "eval_pairs": "[1, inf)", "n": "[1, 1000]",
+              "batch_size": "[1, inf)", "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]",
+              "guidance": "[0, inf)", "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]",
+              "beam": "[0, inf)", "length_penalty": "[0, inf)"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
@@ -126,13 +123,11 @@ class Run:
         """Load AugVAE, which suffices for reconstructions, and, unless told not to, BiART."""
         self.config, self.save_dir = config, config.save_dir or config.out_dir
         self.context = Context(config.device, config.dtype, wide=False)
-        if config.vae:
-            vae = load_augvae(config.vae)
-        else:
-            checkpoint = load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl")
-            vae = build_model(AugVAE, AugVAEConfig, checkpoint)
-        self.vae = vae.to(self.context.device)
-        self.image_size, self.image_side = vae.config.image_size, vae.config.single_level  # pixels, tokens
+        path = config.vae or os.path.join(config.out_dir, "augvae_sl.pt")
+        if not os.path.exists(path):
+            raise ValueError(f"there is no checkpoint {path}: `train.py` makes it")
+        self.vae = load_augvae(path).to(self.context.device)
+        self.image_size, self.image_side = self.vae.config.image_size, self.vae.config.single_level
         if biart:
             self.load_biart()
 
@@ -162,8 +157,9 @@ class Run:
             group = list(zip(*of_input))
             if c.rerank > 1:
                 group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
-            groups.append([{"tokens": x, "seed": seed, "scores": {"forward": round(f, 3), "reverse": round(r, 3)}}
-                           for x, seed, f, r in group])
+            groups.append([{"tokens": x, "seed": seed,
+                            "scores": {"forward": round(log_p, 3), "reverse": round(reverse_log_p, 3)}}
+                           for x, seed, log_p, reverse_log_p in group])
         return groups
 
     def rerank_score(self, forward, reverse):
@@ -194,7 +190,8 @@ class Run:
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
-                yield [{"picture": data.to_image(x), "caption": self.detokenize(record["tokens"]), **record}
+                yield [{"picture": data.to_image(x),
+                        "caption": self.tokenizer.decode(record["tokens"].tolist()).strip(), **record}
                        for record in group[:n]]
 
     def input_batches(self, count, n, task):
@@ -252,12 +249,6 @@ class Run:
                       f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
         return torch.tensor([ids for ids, _ in rows], device=self.context.device)
 
-    def detokenize(self, tokens):
-        """LongTensor (n_text,) -> caption."""
-        return self.tokenizer.decode(tokens.tolist()).strip()
-
-    # Models and settings
-
     def load_biart(self):
         """BiART and the tokenizer. Raises ValueError where they belong to another run."""
         c = self.config
@@ -289,13 +280,14 @@ def read_images(run, paths):
     """
     records = []
     for path in paths:
-        is_folder, n_before = os.path.isdir(path), len(records)
-        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if is_folder else [path]
-        for file in filter(data.is_image, files) if is_folder else files:
+        files, n_before = [path], len(records)
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if data.is_image(name)]
+        for file in files:
             try:
                 records.append({"image": file, "picture": run.crop(data.load_image(file))})
             except data.Unreadable as e:
-                if not is_folder:
+                if file == path:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
         if len(records) == n_before:
@@ -420,9 +412,8 @@ def ssim(x, y, sample_covariance=False):
 
 
 # Name in torch hub's cache, how its SHA-256 hash begins, address
-FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
-            ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth"))
+FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
+            "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
 
 
 class FIDInception(nn.Module):
@@ -465,10 +456,9 @@ class FIDInception(nn.Module):
 
 def frechet_distance(x, y):
     """
-    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), with C
-    the covariance. As C = R'R, from a QR decomposition of the centred features, C_x C_y has the eigenvalues
-    of (R_x R_y') (R_x R_y')', so the last trace is the sum of R_x R_y' 's singular values: no root of a
-    matrix, and exact where N < D, too.
+    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), C the
+    covariance. As C = R'R, with the R of the centred features' QR decomposition, the last trace is the sum of
+    the singular values of R_x R_y': no root of a matrix, and exact where N < D, too.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID is between two sets of at least 2 images, not {len(x)} and {len(y)}")
@@ -582,18 +572,17 @@ def caption_scores(captions, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def load_metric(run, network, files):
+def load_metric(run, network, **files):
     """
-    A metric's network, or None, with a line that says so, where its weights are not at hand. `files` has
-    {flag: name, hash and address}: named by --flag, in torch hub's cache or, with --download, fetched.
+    A metric's network, of files {flag: name, hash and address}: given by --flag, in torch hub's cache or,
+    with --download, fetched. None, and a line that says so, where one is missing.
     """
-    c, paths = run.config, []
-    for flag, file in files.items():
-        paths.append(augvae.find_weights(flag, getattr(c, flag), *file, c.download))
-        if not paths[-1]:
-            print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
-                  "what needs it is left out")
-    return network(*paths).to(run.context.device) if all(paths) else None
+    c = run.config
+    paths = [augvae.find_weights(flag, getattr(c, flag), *file, c.download) for flag, file in files.items()]
+    if all(paths):
+        return network(*paths).to(run.context.device)
+    print(f"{network.__name__} is left out, as its weights are not in torch hub's cache: "
+          f"give them by {' and '.join(f'--{flag}' for flag in files)}, or --download")
 
 
 def evaluate(run, val, heldout):
@@ -601,22 +590,21 @@ def evaluate(run, val, heldout):
     Score on --eval_items of each data set -> all scores below by name, which scores.json gets, too. Those of
     `heldout`, the built-in scenes' split of things never seen (or None), have "_heldout" behind their names.
     """
-    inception = load_metric(run, FIDInception, {"fid_weights": FID_FILE})
+    inception = load_metric(run, FIDInception, fid_weights=FID_FILE)
     val, unseen = (part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout))
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
-              **generation_scores(run, val, bool(unseen), inception)}
+              **generation_scores(run, val, inception)}
     if unseen:
-        found = generation_scores(run, unseen, True, inception)
+        found = generation_scores(run, unseen, inception)
         scores.update({f"{name}_heldout": value for name, value in found.items()})
     scores = {name: round(value, 4) for name, value in scores.items()}
     save_json(run, "scores", scores)
     return scores
 
 
-def one_caption_each(dataset):
-    """One caption an item; which one changes from item to item."""
-    captions = [dataset.captions(i) for i in range(len(dataset))]
-    return [choices[i % len(choices)] for i, choices in enumerate(captions)]
+def one_caption_each(references):
+    """One of each item's captions; which one changes from item to item."""
+    return [captions[i % len(captions)] for i, captions in enumerate(references)]
 
 
 def reconstruction_scores(run, val, inception=None):
@@ -625,8 +613,7 @@ def reconstruction_scores(run, val, inception=None):
     "codebook_use", the share of codes in use, and their "perplexity".
     """
     metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    lpips = load_metric(run, augvae.LPIPS, {"vgg_weights": augvae.VGG_FILE,
-                                            "lpips_weights": augvae.LPIPS_FILE})
+    lpips = load_metric(run, augvae.LPIPS, vgg_weights=augvae.VGG_FILE, lpips_weights=augvae.LPIPS_FILE)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     values, pictures = {name: [] for name in metrics}, ([], [])
@@ -642,48 +629,39 @@ def reconstruction_scores(run, val, inception=None):
     scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
         scores["rfid"] = frechet_distance(*map(inception, pictures))
-    scores["codebook_use"], scores["perplexity"] = codebook_use(counts)
+    scores["codebook_use"], scores["perplexity"] = augvae.codebook_use(counts)
     return scores
 
 
 def likelihood_scores(run, val):
     """
-    -> {"t2i_bits", "i2t_bits"}, bits per generated token on one caption an image; and, on the first
-    --eval_pairs of them, "..._recall1" and "..._recall5", how often the right one of all images is among the
-    one or five that explain the text best, by log p(text | image) (t2i), and the right text among those that
-    explain the image best (i2t).
+    -> "t2i_bits", "i2t_bits": bits per generated token on one caption an image; "..._recall1", "..._recall5",
+    of the first --eval_pairs of them: how often the right one of all images is among the one or five that
+    explain a text best, by log p(text | image) (t2i), and the right text among those that explain an image.
     """
-    captions, text, image = one_caption_each(val), [], []
-    for indices in data.progress(range(len(val)), 50, "encoding"):
-        text.append(run.tokenize([captions[i] for i in indices]))
-        image.append(run.encode([val.image(i) for i in indices])[0])
-    sides, scores = {"text": torch.cat(text), "image": torch.cat(image)}, {}
+    text = run.tokenize(one_caption_each([val.captions(i) for i in range(len(val))]))
+    image = torch.cat([run.encode([val.image(i) for i in indices])[0]
+                       for indices in data.progress(range(len(val)), 50, "encoding")])
+    sides, scores, n = {"text": text, "image": image}, {}, run.config.eval_pairs
     for direction, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
         with run.context.autocast():
             log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
-        ranks = retrieval_ranks(run, sides, query, answer)
+        answers, ranks = sides[answer][:n], []  # how many answers explain a query better than its own does
+        for [i] in data.progress(range(len(answers)), 1, f"retrieval of {answer}"):
+            pairs = {query: sides[query][i].expand(len(answers), -1), answer: answers}
+            with run.context.autocast():
+                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
+            ranks.append((log_p > log_p[i]).sum().item())
         scores.update({f"{direction}_recall{k}": fmean(rank < k for rank in ranks) for k in (1, 5)})
     return scores
 
 
-def retrieval_ranks(run, sides, query, answer):
-    """For each of --eval_pairs queries: how many answers explain it better than its own does."""
-    n, ranks = min(run.config.eval_pairs, len(sides[query])), []
-    for [i] in data.progress(range(n), 1, f"retrieval of {answer}"):
-        pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
-        with run.context.autocast():
-            log_p, _ = run.biart.log_likelihood(**pairs, to=query)
-        ranks.append((log_p > log_p[i]).sum().item())
-    return ranks
-
-
-def generation_scores(run, dataset, is_scenes, inception=None):
+def generation_scores(run, dataset, inception=None):
     """
-    One picture painted of one caption an item, one caption given to its image ->
-    "t2i_exact", "i2t_exact": of built-in scenes, the shares that have all attributes and the relation right;
-    "bleu1" ... "bleu4", "rouge_l", "cider_d" of the captions, against all that the item has;
-    "fid" of the paintings, where there are weights.
+    Of a picture painted of one caption an item, and a caption given to its image -> "bleu1" ... "bleu4",
+    "rouge_l", "cider_d", against all captions of the item; "t2i_exact", "i2t_exact", the shares of built-in
+    scenes with all attributes and the relation right; "fid" of the paintings, where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
@@ -692,14 +670,13 @@ def generation_scores(run, dataset, is_scenes, inception=None):
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
     painted = [[choose(group)["picture"] for choose in pick.values()]
-               for group in run.paint_all(one_caption_each(dataset), run.config.rerank)]
+               for group in run.paint_all(one_caption_each(references), run.config.rerank)]
     captioned = [[choose(group)["caption"] for choose in pick.values()]
                  for group in run.caption_all(images, run.config.rerank)]
-    scores = {}
+    scores, facts = {}, [data.parse_caption(captions[0]) for captions in references]
     for suffix, pictures, captions in zip(pick, zip(*painted), zip(*captioned)):
         found = caption_scores(captions, references)
-        if is_scenes:
-            facts = [data.parse_caption(others[0]) for others in references]
+        if all(facts):  # built-in scenes
             found["t2i_exact"] = fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts))
             found["i2t_exact"] = fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))
         if inception:
@@ -713,9 +690,7 @@ def generation_scores(run, dataset, is_scenes, inception=None):
 
 STYLE = """<!doctype html><meta charset="utf-8"><style>
 body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
-img {max-width: 100%} figure {margin: 0 0 1em}
-.grid {display: flex; flex-wrap: wrap; gap: 12px; font-size: 12px}
-.grid figure, .grid img {width: 150px; image-rendering: pixelated}
+figure {display: inline-block; vertical-align: top; margin: 6px} img {width: 100%; image-rendering: pixelated}
 </style>"""
 
 
@@ -724,10 +699,10 @@ def html_lines(pairs):
     return "<br>".join(html.escape(f"{name}: {value}") for name, value in pairs.items())
 
 
-def html_figure(path, text):
+def html_figure(path, text, width="100%"):
     """A PNG file, and HTML below."""
     picture = base64.b64encode(Path(path).read_bytes()).decode()
-    return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
+    return (f'<figure style="width: {width}"><img src="data:image/png;base64,{picture}" alt="">'
             f'<figcaption>{text}</figcaption></figure>')
 
 
@@ -739,10 +714,9 @@ def write_page(run):
     for path in (save_dir / "scores.json", save_dir / "samples.json"):
         if path.exists():
             made = json.loads(path.read_text(encoding="utf-8"))
-            figures = [html_figure(save_dir / entry["file"], html_lines(entry))
+            figures = [html_figure(save_dir / entry["file"], html_lines(entry), "150px")
                        for entry in made.get("samples", ())]
-            parts += [f'<h2>{path.stem}</h2><div class="grid">', *figures, "</div>",
-                      html_lines(made.get("scores", {})),
+            parts += [f"<h2>{path.stem}</h2>", *figures, html_lines(made.get("scores", {})),
                       f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
     for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
         grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
@@ -757,10 +731,10 @@ def write_page(run):
 # Measurements
 
 @torch.no_grad()
-def bench(config, rounds=3):
+def bench(config):
     """
-    Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at
-    batch 1 and 8; a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
+    Speed of decoding images, 12 layers of 512, medians: tokens/s from context 64 to 320 at batch 1 and 8; a
+    whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
     """
     context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
     torch.manual_seed(0)
@@ -774,7 +748,7 @@ def bench(config, rounds=3):
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
         times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
-                 for _ in range(rounds + 1)]
+                 for _ in range(4)]
         return median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
