@@ -15,10 +15,9 @@ $ python sample.py --eval --rerank 8                scores on validation data, o
 --save_dir gets pictures, a contact sheet, samples.json (prompts, seeds, settings, scores) or scores.json, and
 with --html page.html: all of it, and the run's curves and grids. From Python, see load().
 
-References:
-1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's network).
-2) BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004. CIDEr-D: Vedantam et al. 2015,
-   https://arxiv.org/abs/1411.5726. All as the MS-COCO caption evaluation computes them.
+References: SSIM, Wang et al. 2004; FID, Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's
+network); BLEU, Papineni et al. 2002, ROUGE-L, Lin 2004, CIDEr-D, Vedantam et al. 2015,
+https://arxiv.org/abs/1411.5726, as the MS-COCO caption evaluation computes them.
 """
 import base64
 import copy
@@ -31,7 +30,6 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -43,12 +41,11 @@ from torch import nn
 import augvae
 import data
 from biart import BiART, BiARTConfig
-from data import DataConfig
 from tokenizer import Tokenizer
 from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, build_model
 
 
-@dataclass
+@dataclasses.dataclass
 class SampleConfig:
     # The run
     out_dir: str = "out"  # the run to use, as train.py's
@@ -102,15 +99,14 @@ class SampleConfig:
 
 def load(out_dir="out", **settings):
     """
-    A trained run, to use from Python; settings are fields of SampleConfig.
+    A trained run, to use from Python; settings are fields of SampleConfig. Raises ValueError, a sentence,
+    where the run is incomplete or a setting out of range.
 
     >>> run = load("out")
     >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
     >>> captions = run.caption(pictures[0], n=2, prefix="there is")  # strings
     >>> scores = run.score(captions[0], pictures[0])  # {"t2i": log p(image | caption), "i2t": ...}, nats
     >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)
-
-    Raises ValueError, a sentence, where the run is incomplete or a setting out of range.
     """
     config, = configure(vars(SampleConfig(out_dir=out_dir, **settings)), "", SampleConfig)
     return Run(config)
@@ -125,9 +121,9 @@ class Run:
         self.context = Context(config.device, config.dtype, wide=False)
         path = config.vae or os.path.join(config.out_dir, "augvae_sl.pt")
         if not os.path.exists(path):
-            raise ValueError(f"there is no checkpoint {path}: `train.py` makes it")
+            raise ValueError(f"there is no checkpoint {path}: `train.py` makes those of a run")
         self.vae = load_augvae(path).to(self.context.device)
-        self.image_size, self.image_side = self.vae.config.image_size, self.vae.config.single_level
+        self.image_side = self.vae.config.single_level  # tokens
         if biart:
             self.load_biart()
 
@@ -200,7 +196,6 @@ class Run:
         return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
 
     # From Python, one input at a time; settings of SampleConfig hold for this call
-
     def paint(self, prompt, n=1, image=None, **settings):
         """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
         run, images = self.with_settings(**settings), [image] if image else None
@@ -219,16 +214,13 @@ class Run:
             t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
         return {"t2i": t2i.item(), "i2t": i2t.item()}
 
-    # Between pictures or words, and tokens
-
     def crop(self, image):
-        """PIL image -> as encode() takes it in."""
-        return data.to_image(data.crop_to_tensor(image.convert("RGB"), self.image_size))
+        """PIL image -> (3, size, size) in [-1, 1], as the models take it."""
+        return data.crop_to_tensor(image.convert("RGB"), self.vae.config.image_size)
 
     def encode(self, images):
         """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
-        pixels = torch.stack([data.crop_to_tensor(image.convert("RGB"), self.image_size) for image in images])
-        pixels = pixels.to(self.context.device)
+        pixels = torch.stack([self.crop(image) for image in images]).to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
@@ -274,9 +266,9 @@ class Run:
 
 def read_images(run, paths):
     """
-    Image files, and folders of them in the order of their names -> [{"image": path, "picture": PIL image,
-    cropped to what the model takes}]. A folder's unreadable images are passed over with a warning.
-    Raises ValueError for a file that is no image, and for a folder that holds none.
+    Image files, and folders of them by name -> records {"image": path, "picture": PIL image, as the models
+    take it}. A folder's unreadable images are passed over with a warning. Raises ValueError for a file that
+    is no image, and for a folder without one.
     """
     records = []
     for path in paths:
@@ -285,7 +277,7 @@ def read_images(run, paths):
             files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if data.is_image(name)]
         for file in files:
             try:
-                records.append({"image": file, "picture": run.crop(data.load_image(file))})
+                records.append({"image": file, "picture": data.to_image(run.crop(data.load_image(file)))})
             except data.Unreadable as e:
                 if file == path:
                     raise
@@ -327,9 +319,8 @@ def label(run, record):
     """The words under a picture, and with --rerank the score that put it in its place."""
     words = (f"paint: {record['prompt']}" if "prompt" in record else
              f"it says: {record['caption']}" if "caption" in record else record["image"])
-    if run.config.rerank > 1 and "scores" in record:
-        return f"{words} [{run.rerank_score(**record['scores']):.1f}]"
-    return words
+    ranked = run.config.rerank > 1 and "scores" in record
+    return words + (f" [{run.rerank_score(**record['scores']):.1f}]" if ranked else "")
 
 
 def sheet_columns(group_size):
@@ -443,7 +434,6 @@ class FIDInception(nn.Module):
         branch = block.branch_pool(pooled)
         return torch.cat([output[:, :-branch.shape[1]], branch], dim=1)
 
-    @torch.no_grad()
     def forward(self, pictures):
         features, device = [], next(self.parameters()).device
         for i in range(0, len(pictures), 50):
@@ -573,10 +563,7 @@ def caption_scores(captions, references):
 # Scores of a run
 
 def load_metric(run, network, **files):
-    """
-    A metric's network, of files {flag: name, hash and address}: given by --flag, in torch hub's cache or,
-    with --download, fetched. None, and a line that says so, where one is missing.
-    """
+    """A metric's network, by its files {flag: name, hash and address}; None, said, where one is missing."""
     c = run.config
     paths = [augvae.find_weights(flag, getattr(c, flag), *file, c.download) for flag, file in files.items()]
     if all(paths):
@@ -665,7 +652,7 @@ def generation_scores(run, dataset, inception=None):
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
-    images = [run.crop(dataset.image(i)) for i in range(len(dataset))]
+    images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
     pick = {"": lambda group: min(group, key=lambda record: record["seed"] or 0)}
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
@@ -690,8 +677,8 @@ def generation_scores(run, dataset, inception=None):
 
 STYLE = """<!doctype html><meta charset="utf-8"><style>
 body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
-figure {display: inline-block; vertical-align: top; margin: 6px} img {width: 100%; image-rendering: pixelated}
-</style>"""
+figure {display: inline-block; vertical-align: top; margin: 6px}
+img {width: 100%; image-rendering: pixelated}</style>"""
 
 
 def html_lines(pairs):
@@ -711,13 +698,12 @@ def write_page(run):
     out_dir, save_dir = Path(run.config.out_dir).absolute(), Path(run.save_dir)
     title = html.escape(out_dir.name)
     parts = [STYLE, f"<title>{title}</title><h1>{title}</h1>"]
-    for path in (save_dir / "scores.json", save_dir / "samples.json"):
-        if path.exists():
-            made = json.loads(path.read_text(encoding="utf-8"))
-            figures = [html_figure(save_dir / entry["file"], html_lines(entry), "150px")
-                       for entry in made.get("samples", ())]
-            parts += [f"<h2>{path.stem}</h2>", *figures, html_lines(made.get("scores", {})),
-                      f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
+    for path in filter(Path.exists, (save_dir / "scores.json", save_dir / "samples.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        figures = [html_figure(save_dir / entry["file"], html_lines(entry), "150px")
+                   for entry in made.get("samples", ())]
+        parts += [f"<h2>{path.stem}</h2>", *figures, html_lines(made.get("scores", {})),
+                  f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
     for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
         grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
         chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
@@ -756,8 +742,7 @@ def bench(config):
     bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
     speed, share_of_floor, one = {}, {}, seconds(short, 1)
     for batch, taken in ((1, one), (8, seconds(short, 8))):
-        # keys and values of 64 to 320 tokens
-        cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2
+        cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2  # its mean size
         floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
         speed[str(batch)], share_of_floor[str(batch)] = batch * 256 / taken, floor / taken
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
@@ -783,20 +768,15 @@ def check_uses(c, given):
     texts = ("prompt", "prompts", "image", "prefix", "reconstruct")
     mistakes = [
         *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
-        (len(uses) > 1 and uses != ["--prompt", "--image"],
-         f"{' and '.join(uses)} are different uses: choose one"),
-        (c.prompt and c.image and not c.keep_rows,
-         "--prompt with --image completes the image: say with --keep_rows how many rows to keep"),
         *((getattr(c, name) and not c.image, f"--{name} needs --image")
           for name in ("keep_rows", "variations", "prefix")),
+        (len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses"),
+        (c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many"),
+        (c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too"),
+        (c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt"),
         (c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts"),
-        (c.keep_rows and not (c.prompt or c.variations),
-         "--keep_rows needs --prompt or --variations, by which the other rows are painted"),
-        (c.prompt and (c.variations or c.prefix),
-         "--variations and --prefix are for captions of --image: they do not go with --prompt"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
-        (c.beam and c.rerank > 1,
-         f"--beam {c.beam} and --rerank {c.rerank} both choose captions: leave one out"),
+        (c.beam and c.rerank > 1, "--beam and --rerank both choose captions: leave one out"),
         (c.beam and c.image and not c.variations and sampling,
          f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
     for made, sentence in mistakes:
@@ -806,7 +786,7 @@ def check_uses(c, given):
 
 def open_validation(run, given):
     """The run's validation data, or what is given, and, of built-in scenes, those of things never seen."""
-    config, = configure({**run.settings, **given}, "biart", DataConfig)
+    config, = configure({**run.settings, **given}, "biart", data.DataConfig)
     val = data.open_data(config, "val")
     if not val.captioned:
         raise ValueError(f"--data {config.data} has no captions to paint: name captioned data")
@@ -814,14 +794,11 @@ def open_validation(run, given):
 
 
 def main(argv):
-    given = Parser((SampleConfig, DataConfig), {}, description=__doc__).settings(argv)
+    given = Parser((SampleConfig, data.DataConfig), {}, description=__doc__).settings(argv)
     config, = configure(given, "", SampleConfig)
     check_uses(config, given)
     if config.bench:
         return bench(config)
-    prompts = [config.prompt]
-    if config.prompts:
-        prompts = data.decode_captions(Path(config.prompts).read_bytes(), config.prompts)
     run, scores = Run(config, biart=not config.reconstruct), None
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
@@ -831,6 +808,8 @@ def main(argv):
         save = save_repaintings if config.prompt or config.variations else save_captions
         save(run, read_images(run, config.image))
     elif config.prompt or config.prompts:
+        prompts = [config.prompt] if config.prompt else data.decode_captions(
+            Path(config.prompts).read_bytes(), config.prompts)
         save_samples(run, "painted", run.paint_all(prompts, config.n), sheet_columns(config.n))
     else:
         val, heldout = open_validation(run, given)
