@@ -12,14 +12,12 @@ $ python sample.py --image picture.png --variations paint what the captions say 
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
 $ python sample.py --eval --rerank 8                scores on validation data, one JSON object last
 
---save_dir gets pictures one by one, a contact sheet, samples.json (prompts, seeds, settings, scores), after
---eval scores.json, and with --html all of it on one page, page.html, with the run's curves and grids.
-From Python, see load().
+--save_dir gets pictures, a contact sheet, samples.json (prompts, seeds, settings, scores) or scores.json, and
+with --html page.html: all of it, and the run's curves and grids. From Python, see load().
 
-References:
-1) SSIM: Wang et al. 2004. FID: Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's network).
-2) BLEU: Papineni et al. 2002. ROUGE-L: Lin 2004. CIDEr-D: Vedantam et al. 2015,
-   https://arxiv.org/abs/1411.5726. All as the MS-COCO caption evaluation computes them.
+References: SSIM, Wang et al. 2004; FID, Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's
+network); BLEU, Papineni et al. 2002, ROUGE-L, Lin 2004, CIDEr-D, Vedantam et al. 2015,
+https://arxiv.org/abs/1411.5726, as the MS-COCO caption evaluation computes them.
 """
 import base64
 import copy
@@ -32,7 +30,6 @@ import os
 import re
 import sys
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, median
 
@@ -43,14 +40,12 @@ from torch import nn
 
 import augvae
 import data
-from augvae import AugVAE, AugVAEConfig, codebook_use
 from biart import BiART, BiARTConfig
-from data import DataConfig
 from tokenizer import Tokenizer
 from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, build_model
 
 
-@dataclass
+@dataclasses.dataclass
 class SampleConfig:
     # The run
     out_dir: str = "out"  # the run to use, as train.py's
@@ -92,11 +87,10 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
-    limits = {**dict.fromkeys(("keep_rows", "temperature", "top_k", "guidance", "beam", "length_penalty"),
-                              "[0, inf)"),
-              **dict.fromkeys(("batch_size", "eval_items", "eval_pairs"), "[1, inf)"),
-              "n": "[1, 1000]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "top_p": "(0, 1]",
-              "seed": "[0, 1e18]"}
+    limits = {"keep_rows": "[0, inf)", "eval_items": "[1, inf)", "eval_pairs": "[1, inf)", "n": "[1, 1000]",
+              "batch_size": "[1, inf)", "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]",
+              "guidance": "[0, inf)", "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]",
+              "beam": "[0, inf)", "length_penalty": "[0, inf)"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
@@ -105,15 +99,14 @@ class SampleConfig:
 
 def load(out_dir="out", **settings):
     """
-    A trained run, to use from Python; settings are fields of SampleConfig.
+    A trained run, to use from Python; settings are fields of SampleConfig. Raises ValueError, a sentence,
+    where the run is incomplete or a setting out of range.
 
     >>> run = load("out")
     >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
     >>> captions = run.caption(pictures[0], n=2, prefix="there is")  # strings
     >>> scores = run.score(captions[0], pictures[0])  # {"t2i": log p(image | caption), "i2t": ...}, nats
     >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)
-
-    Raises ValueError, a sentence, where the run is incomplete or a setting out of range.
     """
     config, = configure(vars(SampleConfig(out_dir=out_dir, **settings)), "", SampleConfig)
     return Run(config)
@@ -126,13 +119,11 @@ class Run:
         """Load AugVAE, which suffices for reconstructions, and, unless told not to, BiART."""
         self.config, self.save_dir = config, config.save_dir or config.out_dir
         self.context = Context(config.device, config.dtype, wide=False)
-        if config.vae:
-            vae = load_augvae(config.vae)
-        else:
-            checkpoint = load_checkpoint(os.path.join(config.out_dir, "augvae_sl.pt"), "augvae_sl")
-            vae = build_model(AugVAE, AugVAEConfig, checkpoint)
-        self.vae = vae.to(self.context.device)
-        self.image_size, self.image_side = vae.config.image_size, vae.config.single_level  # pixels, tokens
+        path = config.vae or os.path.join(config.out_dir, "augvae_sl.pt")
+        if not os.path.exists(path):
+            raise ValueError(f"there is no checkpoint {path}: `train.py` makes those of a run")
+        self.vae = load_augvae(path).to(self.context.device)
+        self.image_side = self.vae.config.single_level  # tokens
         if biart:
             self.load_biart()
 
@@ -162,8 +153,9 @@ class Run:
             group = list(zip(*of_input))
             if c.rerank > 1:
                 group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
-            groups.append([{"tokens": x, "seed": seed, "scores": {"forward": round(f, 3), "reverse": round(r, 3)}}
-                           for x, seed, f, r in group])
+            groups.append([{"tokens": x, "seed": seed,
+                            "scores": {"forward": round(log_p, 3), "reverse": round(reverse_log_p, 3)}}
+                           for x, seed, log_p, reverse_log_p in group])
         return groups
 
     def rerank_score(self, forward, reverse):
@@ -194,7 +186,8 @@ class Run:
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
-                yield [{"picture": data.to_image(x), "caption": self.detokenize(record["tokens"]), **record}
+                yield [{"picture": data.to_image(x),
+                        "caption": self.tokenizer.decode(record["tokens"].tolist()).strip(), **record}
                        for record in group[:n]]
 
     def input_batches(self, count, n, task):
@@ -203,7 +196,6 @@ class Run:
         return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
 
     # From Python, one input at a time; settings of SampleConfig hold for this call
-
     def paint(self, prompt, n=1, image=None, **settings):
         """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
         run, images = self.with_settings(**settings), [image] if image else None
@@ -222,16 +214,13 @@ class Run:
             t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
         return {"t2i": t2i.item(), "i2t": i2t.item()}
 
-    # Between pictures or words, and tokens
-
     def crop(self, image):
-        """PIL image -> as encode() takes it in."""
-        return data.to_image(data.crop_to_tensor(image.convert("RGB"), self.image_size))
+        """PIL image -> (3, size, size) in [-1, 1], as the models take it."""
+        return data.crop_to_tensor(image.convert("RGB"), self.vae.config.image_size)
 
     def encode(self, images):
         """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
-        pixels = torch.stack([data.crop_to_tensor(image.convert("RGB"), self.image_size) for image in images])
-        pixels = pixels.to(self.context.device)
+        pixels = torch.stack([self.crop(image) for image in images]).to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
@@ -251,12 +240,6 @@ class Run:
                 print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to "
                       f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
         return torch.tensor([ids for ids, _ in rows], device=self.context.device)
-
-    def detokenize(self, tokens):
-        """LongTensor (n_text,) -> caption."""
-        return self.tokenizer.decode(tokens.tolist()).strip()
-
-    # Models and settings
 
     def load_biart(self):
         """BiART and the tokenizer. Raises ValueError where they belong to another run."""
@@ -283,19 +266,20 @@ class Run:
 
 def read_images(run, paths):
     """
-    Image files, and folders of them in the order of their names -> [{"image": path, "picture": PIL image,
-    cropped to what the model takes}]. A folder's unreadable images are passed over with a warning.
-    Raises ValueError for a file that is no image, and for a folder that holds none.
+    Image files, and folders of them by name -> records {"image": path, "picture": PIL image, as the models
+    take it}. A folder's unreadable images are passed over with a warning. Raises ValueError for a file that
+    is no image, and for a folder without one.
     """
     records = []
     for path in paths:
-        is_folder, n_before = os.path.isdir(path), len(records)
-        files = [os.path.join(path, name) for name in sorted(os.listdir(path))] if is_folder else [path]
-        for file in filter(data.is_image, files) if is_folder else files:
+        files, n_before = [path], len(records)
+        if os.path.isdir(path):
+            files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if data.is_image(name)]
+        for file in files:
             try:
-                records.append({"image": file, "picture": run.crop(data.load_image(file))})
+                records.append({"image": file, "picture": data.to_image(run.crop(data.load_image(file)))})
             except data.Unreadable as e:
-                if not is_folder:
+                if file == path:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
         if len(records) == n_before:
@@ -335,9 +319,8 @@ def label(run, record):
     """The words under a picture, and with --rerank the score that put it in its place."""
     words = (f"paint: {record['prompt']}" if "prompt" in record else
              f"it says: {record['caption']}" if "caption" in record else record["image"])
-    if run.config.rerank > 1 and "scores" in record:
-        return f"{words} [{run.rerank_score(**record['scores']):.1f}]"
-    return words
+    ranked = run.config.rerank > 1 and "scores" in record
+    return words + (f" [{run.rerank_score(**record['scores']):.1f}]" if ranked else "")
 
 
 def sheet_columns(group_size):
@@ -420,9 +403,8 @@ def ssim(x, y, sample_covariance=False):
 
 
 # Name in torch hub's cache, how its SHA-256 hash begins, address
-FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d",
-            ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
-             "pt_inception-2015-12-05-6726825d.pth"))
+FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
+            "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
 
 
 class FIDInception(nn.Module):
@@ -452,7 +434,6 @@ class FIDInception(nn.Module):
         branch = block.branch_pool(pooled)
         return torch.cat([output[:, :-branch.shape[1]], branch], dim=1)
 
-    @torch.no_grad()
     def forward(self, pictures):
         features, device = [], next(self.parameters()).device
         for i in range(0, len(pictures), 50):
@@ -465,10 +446,9 @@ class FIDInception(nn.Module):
 
 def frechet_distance(x, y):
     """
-    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), with C
-    the covariance. As C = R'R, from a QR decomposition of the centred features, C_x C_y has the eigenvalues
-    of (R_x R_y') (R_x R_y')', so the last trace is the sum of R_x R_y' 's singular values: no root of a
-    matrix, and exact where N < D, too.
+    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), C the
+    covariance. As C = R'R, with the R of the centred features' QR decomposition, the last trace is the sum of
+    the singular values of R_x R_y': no root of a matrix, and exact where N < D, too.
     """
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID is between two sets of at least 2 images, not {len(x)} and {len(y)}")
@@ -582,18 +562,14 @@ def caption_scores(captions, references):
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def load_metric(run, network, files):
-    """
-    A metric's network, or None, with a line that says so, where its weights are not at hand. `files` has
-    {flag: name, hash and address}: named by --flag, in torch hub's cache or, with --download, fetched.
-    """
-    c, paths = run.config, []
-    for flag, file in files.items():
-        paths.append(augvae.find_weights(flag, getattr(c, flag), *file, c.download))
-        if not paths[-1]:
-            print(f"{file[0]} is not in torch hub's cache: give it by --{flag}, or --download; "
-                  "what needs it is left out")
-    return network(*paths).to(run.context.device) if all(paths) else None
+def load_metric(run, network, **files):
+    """A metric's network, by its files {flag: name, hash and address}; None, said, where one is missing."""
+    c = run.config
+    paths = [augvae.find_weights(flag, getattr(c, flag), *file, c.download) for flag, file in files.items()]
+    if all(paths):
+        return network(*paths).to(run.context.device)
+    print(f"{network.__name__} is left out, as its weights are not in torch hub's cache: "
+          f"give them by {' and '.join(f'--{flag}' for flag in files)}, or --download")
 
 
 def evaluate(run, val, heldout):
@@ -601,22 +577,21 @@ def evaluate(run, val, heldout):
     Score on --eval_items of each data set -> all scores below by name, which scores.json gets, too. Those of
     `heldout`, the built-in scenes' split of things never seen (or None), have "_heldout" behind their names.
     """
-    inception = load_metric(run, FIDInception, {"fid_weights": FID_FILE})
+    inception = load_metric(run, FIDInception, fid_weights=FID_FILE)
     val, unseen = (part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout))
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
-              **generation_scores(run, val, bool(unseen), inception)}
+              **generation_scores(run, val, inception)}
     if unseen:
-        found = generation_scores(run, unseen, True, inception)
+        found = generation_scores(run, unseen, inception)
         scores.update({f"{name}_heldout": value for name, value in found.items()})
     scores = {name: round(value, 4) for name, value in scores.items()}
     save_json(run, "scores", scores)
     return scores
 
 
-def one_caption_each(dataset):
-    """One caption an item; which one changes from item to item."""
-    captions = [dataset.captions(i) for i in range(len(dataset))]
-    return [choices[i % len(choices)] for i, choices in enumerate(captions)]
+def one_caption_each(references):
+    """One of each item's captions; which one changes from item to item."""
+    return [captions[i % len(captions)] for i, captions in enumerate(references)]
 
 
 def reconstruction_scores(run, val, inception=None):
@@ -625,8 +600,7 @@ def reconstruction_scores(run, val, inception=None):
     "codebook_use", the share of codes in use, and their "perplexity".
     """
     metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    lpips = load_metric(run, augvae.LPIPS, {"vgg_weights": augvae.VGG_FILE,
-                                            "lpips_weights": augvae.LPIPS_FILE})
+    lpips = load_metric(run, augvae.LPIPS, vgg_weights=augvae.VGG_FILE, lpips_weights=augvae.LPIPS_FILE)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     values, pictures = {name: [] for name in metrics}, ([], [])
@@ -642,64 +616,54 @@ def reconstruction_scores(run, val, inception=None):
     scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
     if inception:
         scores["rfid"] = frechet_distance(*map(inception, pictures))
-    scores["codebook_use"], scores["perplexity"] = codebook_use(counts)
+    scores["codebook_use"], scores["perplexity"] = augvae.codebook_use(counts)
     return scores
 
 
 def likelihood_scores(run, val):
     """
-    -> {"t2i_bits", "i2t_bits"}, bits per generated token on one caption an image; and, on the first
-    --eval_pairs of them, "..._recall1" and "..._recall5", how often the right one of all images is among the
-    one or five that explain the text best, by log p(text | image) (t2i), and the right text among those that
-    explain the image best (i2t).
+    -> "t2i_bits", "i2t_bits": bits per generated token on one caption an image; "..._recall1", "..._recall5",
+    of the first --eval_pairs of them: how often the right one of all images is among the one or five that
+    explain a text best, by log p(text | image) (t2i), and the right text among those that explain an image.
     """
-    captions, text, image = one_caption_each(val), [], []
-    for indices in data.progress(range(len(val)), 50, "encoding"):
-        text.append(run.tokenize([captions[i] for i in indices]))
-        image.append(run.encode([val.image(i) for i in indices])[0])
-    sides, scores = {"text": torch.cat(text), "image": torch.cat(image)}, {}
+    text = run.tokenize(one_caption_each([val.captions(i) for i in range(len(val))]))
+    image = torch.cat([run.encode([val.image(i) for i in indices])[0]
+                       for indices in data.progress(range(len(val)), 50, "encoding")])
+    sides, scores, n = {"text": text, "image": image}, {}, run.config.eval_pairs
     for direction, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
         with run.context.autocast():
             log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
-        ranks = retrieval_ranks(run, sides, query, answer)
+        answers, ranks = sides[answer][:n], []  # how many answers explain a query better than its own does
+        for [i] in data.progress(range(len(answers)), 1, f"retrieval of {answer}"):
+            pairs = {query: sides[query][i].expand(len(answers), -1), answer: answers}
+            with run.context.autocast():
+                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
+            ranks.append((log_p > log_p[i]).sum().item())
         scores.update({f"{direction}_recall{k}": fmean(rank < k for rank in ranks) for k in (1, 5)})
     return scores
 
 
-def retrieval_ranks(run, sides, query, answer):
-    """For each of --eval_pairs queries: how many answers explain it better than its own does."""
-    n, ranks = min(run.config.eval_pairs, len(sides[query])), []
-    for [i] in data.progress(range(n), 1, f"retrieval of {answer}"):
-        pairs = {query: sides[query][i].expand(n, -1), answer: sides[answer][:n]}
-        with run.context.autocast():
-            log_p, _ = run.biart.log_likelihood(**pairs, to=query)
-        ranks.append((log_p > log_p[i]).sum().item())
-    return ranks
-
-
-def generation_scores(run, dataset, is_scenes, inception=None):
+def generation_scores(run, dataset, inception=None):
     """
-    One picture painted of one caption an item, one caption given to its image ->
-    "t2i_exact", "i2t_exact": of built-in scenes, the shares that have all attributes and the relation right;
-    "bleu1" ... "bleu4", "rouge_l", "cider_d" of the captions, against all that the item has;
-    "fid" of the paintings, where there are weights.
+    Of a picture painted of one caption an item, and a caption given to its image -> "bleu1" ... "bleu4",
+    "rouge_l", "cider_d", against all captions of the item; "t2i_exact", "i2t_exact", the shares of built-in
+    scenes with all attributes and the relation right; "fid" of the paintings, where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
-    images = [run.crop(dataset.image(i)) for i in range(len(dataset))]
+    images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
     pick = {"": lambda group: min(group, key=lambda record: record["seed"] or 0)}
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
     painted = [[choose(group)["picture"] for choose in pick.values()]
-               for group in run.paint_all(one_caption_each(dataset), run.config.rerank)]
+               for group in run.paint_all(one_caption_each(references), run.config.rerank)]
     captioned = [[choose(group)["caption"] for choose in pick.values()]
                  for group in run.caption_all(images, run.config.rerank)]
-    scores = {}
+    scores, facts = {}, [data.parse_caption(captions[0]) for captions in references]
     for suffix, pictures, captions in zip(pick, zip(*painted), zip(*captioned)):
         found = caption_scores(captions, references)
-        if is_scenes:
-            facts = [data.parse_caption(others[0]) for others in references]
+        if all(facts):  # built-in scenes
             found["t2i_exact"] = fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts))
             found["i2t_exact"] = fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))
         if inception:
@@ -713,10 +677,8 @@ def generation_scores(run, dataset, is_scenes, inception=None):
 
 STYLE = """<!doctype html><meta charset="utf-8"><style>
 body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
-img {max-width: 100%} figure {margin: 0 0 1em}
-.grid {display: flex; flex-wrap: wrap; gap: 12px; font-size: 12px}
-.grid figure, .grid img {width: 150px; image-rendering: pixelated}
-</style>"""
+figure {display: inline-block; vertical-align: top; margin: 6px}
+img {width: 100%; image-rendering: pixelated}</style>"""
 
 
 def html_lines(pairs):
@@ -724,10 +686,10 @@ def html_lines(pairs):
     return "<br>".join(html.escape(f"{name}: {value}") for name, value in pairs.items())
 
 
-def html_figure(path, text):
+def html_figure(path, text, width="100%"):
     """A PNG file, and HTML below."""
     picture = base64.b64encode(Path(path).read_bytes()).decode()
-    return (f'<figure><img src="data:image/png;base64,{picture}" alt="">'
+    return (f'<figure style="width: {width}"><img src="data:image/png;base64,{picture}" alt="">'
             f'<figcaption>{text}</figcaption></figure>')
 
 
@@ -736,14 +698,12 @@ def write_page(run):
     out_dir, save_dir = Path(run.config.out_dir).absolute(), Path(run.save_dir)
     title = html.escape(out_dir.name)
     parts = [STYLE, f"<title>{title}</title><h1>{title}</h1>"]
-    for path in (save_dir / "scores.json", save_dir / "samples.json"):
-        if path.exists():
-            made = json.loads(path.read_text(encoding="utf-8"))
-            figures = [html_figure(save_dir / entry["file"], html_lines(entry))
-                       for entry in made.get("samples", ())]
-            parts += [f'<h2>{path.stem}</h2><div class="grid">', *figures, "</div>",
-                      html_lines(made.get("scores", {})),
-                      f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
+    for path in filter(Path.exists, (save_dir / "scores.json", save_dir / "samples.json")):
+        made = json.loads(path.read_text(encoding="utf-8"))
+        figures = [html_figure(save_dir / entry["file"], html_lines(entry), "150px")
+                   for entry in made.get("samples", ())]
+        parts += [f"<h2>{path.stem}</h2>", *figures, html_lines(made.get("scores", {})),
+                  f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
     for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
         grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
         chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
@@ -757,10 +717,10 @@ def write_page(run):
 # Measurements
 
 @torch.no_grad()
-def bench(config, rounds=3):
+def bench(config):
     """
-    Speed of decoding, text -> image tokens, 12 layers of 512, medians: tokens/s from context 64 to 320 at
-    batch 1 and 8; a whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
+    Speed of decoding images, 12 layers of 512, medians: tokens/s from context 64 to 320 at batch 1 and 8; a
+    whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
     """
     context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
     torch.manual_seed(0)
@@ -774,7 +734,7 @@ def bench(config, rounds=3):
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
         times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
-                 for _ in range(rounds + 1)]
+                 for _ in range(4)]
         return median(times[1:])
 
     weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
@@ -782,8 +742,7 @@ def bench(config, rounds=3):
     bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
     speed, share_of_floor, one = {}, {}, seconds(short, 1)
     for batch, taken in ((1, one), (8, seconds(short, 8))):
-        # keys and values of 64 to 320 tokens
-        cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2
+        cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2  # its mean size
         floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
         speed[str(batch)], share_of_floor[str(batch)] = batch * 256 / taken, floor / taken
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
@@ -809,20 +768,15 @@ def check_uses(c, given):
     texts = ("prompt", "prompts", "image", "prefix", "reconstruct")
     mistakes = [
         *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
-        (len(uses) > 1 and uses != ["--prompt", "--image"],
-         f"{' and '.join(uses)} are different uses: choose one"),
-        (c.prompt and c.image and not c.keep_rows,
-         "--prompt with --image completes the image: say with --keep_rows how many rows to keep"),
         *((getattr(c, name) and not c.image, f"--{name} needs --image")
           for name in ("keep_rows", "variations", "prefix")),
+        (len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses"),
+        (c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many"),
+        (c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too"),
+        (c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt"),
         (c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts"),
-        (c.keep_rows and not (c.prompt or c.variations),
-         "--keep_rows needs --prompt or --variations, by which the other rows are painted"),
-        (c.prompt and (c.variations or c.prefix),
-         "--variations and --prefix are for captions of --image: they do not go with --prompt"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
-        (c.beam and c.rerank > 1,
-         f"--beam {c.beam} and --rerank {c.rerank} both choose captions: leave one out"),
+        (c.beam and c.rerank > 1, "--beam and --rerank both choose captions: leave one out"),
         (c.beam and c.image and not c.variations and sampling,
          f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
     for made, sentence in mistakes:
@@ -832,7 +786,7 @@ def check_uses(c, given):
 
 def open_validation(run, given):
     """The run's validation data, or what is given, and, of built-in scenes, those of things never seen."""
-    config, = configure({**run.settings, **given}, "biart", DataConfig)
+    config, = configure({**run.settings, **given}, "biart", data.DataConfig)
     val = data.open_data(config, "val")
     if not val.captioned:
         raise ValueError(f"--data {config.data} has no captions to paint: name captioned data")
@@ -840,14 +794,11 @@ def open_validation(run, given):
 
 
 def main(argv):
-    given = Parser((SampleConfig, DataConfig), {}, description=__doc__).settings(argv)
+    given = Parser((SampleConfig, data.DataConfig), {}, description=__doc__).settings(argv)
     config, = configure(given, "", SampleConfig)
     check_uses(config, given)
     if config.bench:
         return bench(config)
-    prompts = [config.prompt]
-    if config.prompts:
-        prompts = data.decode_captions(Path(config.prompts).read_bytes(), config.prompts)
     run, scores = Run(config, biart=not config.reconstruct), None
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
@@ -857,6 +808,8 @@ def main(argv):
         save = save_repaintings if config.prompt or config.variations else save_captions
         save(run, read_images(run, config.image))
     elif config.prompt or config.prompts:
+        prompts = [config.prompt] if config.prompt else data.decode_captions(
+            Path(config.prompts).read_bytes(), config.prompts)
         save_samples(run, "painted", run.paint_all(prompts, config.n), sheet_columns(config.n))
     else:
         val, heldout = open_validation(run, given)
