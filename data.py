@@ -279,36 +279,16 @@ class Unreadable(ValueError):
     """An image, caption file or shard cannot be read; the message is one sentence that names it."""
 
 
-class ReadErrors:
-    """Names in a text file (on stderr where `log` is empty) what could not be read, and counts it."""
-
-    def __init__(self, log="", n=1000):
-        self.log, self.n, self.named, self.reads, self.failures = log, n, set(), 0, 0
-
-    def name(self, fault):
-        if fault not in self.named:
-            self.named.add(fault)
-            if not self.log:
-                return print(fault, file=sys.stderr)
-            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
-                f.write(fault + "\n")
-
-    def count(self, faults, stuck=False):
-        """
-        What was wrong with each read, or "". Raises OSError where the caller is stuck, or more than half of
-        the first thousand reads (of all n, if fewer) have failed.
-        """
-        self.reads += len(faults)
-        for fault in filter(None, faults):
-            self.failures += 1
-            self.name(fault)
-        if stuck or self.failures > min(self.n, 1000) / 2 and 2 * self.failures > self.reads:
-            raise OSError(f"{self.failures} of {self.reads} samples could not be read"
-                          + (f": {self.log} names them" if self.log else ""))
+def write_fault(log, fault):
+    """Add a sentence to a text file; without one, to stderr."""
+    if not log:
+        return print(fault, file=sys.stderr)
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as f:
+        f.write(fault + "\n")
 
 
 def count_read_errors(log):
-    """How many different sentences a log of ReadErrors holds."""
+    """How many different sentences a log holds."""
     with contextlib.suppress(FileNotFoundError), open(log, "rb") as f:
         return len(set(f))
     return 0
@@ -433,14 +413,26 @@ class Batches(torch.utils.data.Dataset):
         return self.read(keys)
 
 
-def load(read, batches_of_keys, errors, workers=0):
-    """Yield results of read(keys) -> (results, faults) for batches of keys, and count the faults."""
+def load(read, batches_of_keys, log="", workers=0, n=1000):
+    """
+    Yield the results of read(keys) -> (results, faults) for batches of keys. A fault says what was wrong with
+    one of the samples read, or "", and is logged once. Raises OSError where there are no results, or more
+    than half of the first thousand reads (of all n, if fewer) have failed.
+    """
     loader = torch.utils.data.DataLoader(Batches(read), batch_size=None, sampler=batches_of_keys,
                                          collate_fn=tuple, num_workers=workers,
                                          pin_memory=torch.cuda.is_available(),
                                          generator=torch.Generator())  # leaves the global one as it is
+    logged, reads, failures = {""}, 0, 0
     for results, faults in loader:
-        errors.count(faults, stuck=results is None)
+        reads, failures = reads + len(faults), failures + sum(map(bool, faults))
+        for fault in faults:
+            if fault not in logged:
+                logged.add(fault)
+                write_fault(log, fault)
+        if results is None or failures > min(n, 1000) / 2 and 2 * failures > reads:
+            raise OSError(f"{failures} of {reads} samples could not be read"
+                          + (f": {log} names them" if log else ""))
         yield results
 
 
@@ -453,9 +445,8 @@ def read_chunks(read, indices, what, log="", workers=0, n=None):
     where most of them, or of the n that they are a rest of, cannot be read.
     """
     chunks = [indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)]
-    errors = ReadErrors(log, n or len(indices))
     return zip(progress(indices, CHUNK, what),
-               load(functools.partial(read_each, read), chunks, errors, workers))
+               load(functools.partial(read_each, read), chunks, log, workers, n or len(indices)))
 
 
 # -----------------------------------------------------------------------------
@@ -711,7 +702,7 @@ class Tar(Dataset):
                    for [path] in progress(shuffled, 1, "indexing tar shards")}
         shards, faults = zip(*(indices[path] for path in paths))
         for fault in filter(None, faults):
-            ReadErrors(log).name(fault)
+            write_fault(log, fault)
         samples, shard = np.concatenate(shards), np.repeat(np.arange(len(paths)), list(map(len, shards)))
         has_text = samples["text_size"] > 0
         self.captioned = bool(has_text.any())
@@ -786,15 +777,11 @@ class Subset(Dataset):
 
 def validation_subset(dataset, count, log=""):
     """`count` samples (all, if fewer) drawn at random from those that can be read, the same each time."""
-    errors, indices = ReadErrors(log, len(dataset)), []
-    for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
-        if len(indices) == count:
-            break
-        found, fault = try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64)))
-        errors.count([fault])
-        if found:
-            indices.append(i)
-    return Subset(dataset, indices)
+    order = np.random.RandomState(0).permutation(len(dataset)).tolist()
+    read = functools.partial(read_each, lambda i: bool((dataset.captions(i), dataset.image(i, 64))))
+    results = load(read, [[i] for i in order], log, n=len(order))
+    readable = (i for i, [found] in zip(order, results) if found)
+    return Subset(dataset, list(itertools.islice(readable, count)))
 
 
 def all_captions(dataset, log=""):
@@ -925,7 +912,7 @@ def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, sh
     """
     sampler = ResumableBatchSampler(len(view), batch_size, seed=seed, start=start, rank=rank, world=world,
                                     shard_starts=view.shard_starts, shuffle_buffer=shuffle_buffer)
-    return load(functools.partial(draw, view, seed), sampler, ReadErrors(log), workers)
+    return load(functools.partial(draw, view, seed), sampler, log, workers)
 
 
 # -----------------------------------------------------------------------------
