@@ -689,8 +689,8 @@ def load_shard_index(path, index_dir):
 class Tar(Dataset):
     """
     WebDataset shards, read where their indices say. Samples without a text are left out where others have
-    one. Shards that cannot be read, or are cut, are logged, and what is whole in them is used.
-    The indices take some 20 to 30 s per million members, once; ranks that start together share the work.
+    one. Of shards that are cut, what is whole is used. Indices take 20 to 30 s per million members, once, and
+    ranks that start together share the work.
     Raises ValueError where no sample is left, OSError where an index cannot be written.
     """
 
@@ -844,13 +844,12 @@ class ResumableBatchSampler:
     """
     Batches of (index, position), endlessly: epoch after epoch, each a fresh permutation of the data, cut into
     global batches of world * batch_size, of which every rank takes its own stretch. `position` counts the
-    samples that all ranks have drawn since training began; `start` is the one to begin with.
-    A pure function of (seed, epoch, rank, world, position), so a run resumes at the very next sample, on any
-    number of ranks. An epoch may end inside a batch, where the next goes on: nothing is dropped or doubled.
+    samples that all ranks have drawn since training began; `start` is the one to begin with, on any number of
+    ranks. An epoch may end inside a batch, where the next goes on: nothing is dropped or doubled.
 
     Of shards, given by the first sample of each, the permutation is one that reads files from front to back:
-    shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on a stretch,
-    hence on shards, of its own.
+    shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on shards of
+    its own.
     """
 
     def __init__(self, n, batch_size, *, seed=0, start=0, rank=0, world=1, shard_starts=None,
@@ -992,7 +991,7 @@ def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, a
     encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of what else the codes
     depend on. all_reduce: adds a tensor up over all ranks and returns the sum, and so makes them wait.
     Every rank writes parts of its own; a run that was killed goes on with those that are missing, on as many
-    ranks as it likes. Samples that cannot be read are logged and left out.
+    ranks as it likes. Samples that cannot be read are left out.
     Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
     n = len(source.dataset)
