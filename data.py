@@ -67,9 +67,12 @@ class DataConfig:
 
 
 class Dataset:
-    """What all layouts have in common. fingerprint() covers names and captions, not what is in the images."""
+    """What all layouts have in common: n samples. The fingerprint leaves out what is in the images."""
     captioned = True  # whether captions(i) holds any
     shard_starts = None  # of data in few large files, to be read front to back: the first sample of each
+
+    def __len__(self):
+        return self.n
 
 
 def fingerprint(*parts):
@@ -276,36 +279,16 @@ class Unreadable(ValueError):
     """An image, caption file or shard cannot be read; the message is one sentence that names it."""
 
 
-class ReadErrors:
-    """Names in a text file (on stderr where `log` is empty) what could not be read, and counts it."""
-
-    def __init__(self, log="", n=1000):
-        self.log, self.n, self.named, self.reads, self.failures = log, n, set(), 0, 0
-
-    def name(self, fault):
-        if fault not in self.named:
-            self.named.add(fault)
-            if not self.log:
-                return print(fault, file=sys.stderr)
-            with open(self.log, "a", encoding="utf-8", errors="backslashreplace") as f:
-                f.write(fault + "\n")
-
-    def count(self, faults, stuck=False):
-        """
-        What was wrong with each read, or "". Raises OSError where the caller is stuck, or more than half of
-        the first thousand reads (of all n, if fewer) have failed.
-        """
-        self.reads += len(faults)
-        for fault in filter(None, faults):
-            self.failures += 1
-            self.name(fault)
-        if stuck or self.failures > min(self.n, 1000) / 2 and 2 * self.failures > self.reads:
-            raise OSError(f"{self.failures} of {self.reads} samples could not be read"
-                          + (f": {self.log} names them" if self.log else ""))
+def write_fault(log, fault):
+    """Add a sentence to a text file; without one, to stderr."""
+    if not log:
+        return print(fault, file=sys.stderr)
+    with open(log, "a", encoding="utf-8", errors="backslashreplace") as f:
+        f.write(fault + "\n")
 
 
 def count_read_errors(log):
-    """How many different sentences a log of ReadErrors holds."""
+    """How many different sentences a log holds."""
     with contextlib.suppress(FileNotFoundError), open(log, "rb") as f:
         return len(set(f))
     return 0
@@ -336,27 +319,33 @@ def load_image(file, min_side=0, name=None):
         raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
 
 
-def decode_captions(content, name):
-    """The bytes of a caption file -> its captions, one a line. Raises Unreadable if not UTF-8 or if empty."""
+def read_bytes(path, start=0, size=-1):
+    """-> `size` bytes of a file from `start` on; all of them, if negative."""
     try:
-        lines = content.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError:
-        raise Unreadable(f"caption file {name} is not UTF-8") from None
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise Unreadable(f"caption file {name} is empty")
-    return captions
+        with open(path, "rb") as f:
+            f.seek(start)
+            return f.read(size)
+    except OSError as e:
+        raise Unreadable(f"there is no file {path} that can be read ({e.strerror})") from None
+
+
+def decode_text(content, name):
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise Unreadable(f"{name} is not UTF-8 (byte {e.start})") from None
 
 
 def read_text(path):
-    """The content of a text file. Raises ValueError that names it where it cannot be read or is not UTF-8."""
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            return f.read()
-    except OSError as e:
-        raise ValueError(f"there is no file {path!r} that can be read ({e.strerror})") from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not UTF-8 (byte {e.start})") from None
+    return decode_text(read_bytes(path), path)
+
+
+def decode_captions(content, name):
+    """The bytes of a caption file -> its captions, one a line. Raises Unreadable if not UTF-8 or if empty."""
+    captions = [line.strip() for line in decode_text(content, name).split("\n") if line.strip()]
+    if not captions:
+        raise Unreadable(f"caption file {name} is empty")
+    return captions
 
 
 @contextlib.contextmanager
@@ -424,14 +413,26 @@ class Batches(torch.utils.data.Dataset):
         return self.read(keys)
 
 
-def load(read, batches_of_keys, errors, workers=0):
-    """Yield results of read(keys) -> (results, faults) for batches of keys, and count the faults."""
+def load(read, batches_of_keys, log="", workers=0, n=1000):
+    """
+    Yield the results of read(keys) -> (results, faults) for batches of keys. A fault says what was wrong with
+    one of the samples read, or "", and is logged once. Raises OSError where there are no results, or more
+    than half of the first thousand reads (of all n, if fewer) have failed.
+    """
     loader = torch.utils.data.DataLoader(Batches(read), batch_size=None, sampler=batches_of_keys,
                                          collate_fn=tuple, num_workers=workers,
                                          pin_memory=torch.cuda.is_available(),
                                          generator=torch.Generator())  # leaves the global one as it is
+    logged, reads, failures = {""}, 0, 0
     for results, faults in loader:
-        errors.count(faults, stuck=results is None)
+        reads, failures = reads + len(faults), failures + sum(map(bool, faults))
+        for fault in faults:
+            if fault not in logged:
+                logged.add(fault)
+                write_fault(log, fault)
+        if results is None or failures > min(n, 1000) / 2 and 2 * failures > reads:
+            raise OSError(f"{failures} of {reads} samples could not be read"
+                          + (f": {log} names them" if log else ""))
         yield results
 
 
@@ -444,9 +445,8 @@ def read_chunks(read, indices, what, log="", workers=0, n=None):
     where most of them, or of the n that they are a rest of, cannot be read.
     """
     chunks = [indices[i:i + CHUNK] for i in range(0, len(indices), CHUNK)]
-    errors = ReadErrors(log, n or len(indices))
     return zip(progress(indices, CHUNK, what),
-               load(functools.partial(read_each, read), chunks, errors, workers))
+               load(functools.partial(read_each, read), chunks, log, workers, n or len(indices)))
 
 
 # -----------------------------------------------------------------------------
@@ -467,7 +467,7 @@ class ImageFiles(Dataset):
         self.root, self.captioned = root, any(captions.values())
         records = ["\0".join([path, *texts]).encode("utf-8", "surrogatepass")
                    for path, texts in captions.items()]
-        self.ends = np.cumsum([len(record) for record in records])
+        self.n, self.ends = len(records), np.cumsum([len(record) for record in records])
         # in one piece, which loader processes share; of a list of strings each would soon have a copy
         self.records = np.frombuffer(b"".join(records), np.uint8)
 
@@ -475,9 +475,6 @@ class ImageFiles(Dataset):
         """-> [path, caption, caption, ...]"""
         content = self.records[self.ends[i - 1] if i else 0:self.ends[i]].tobytes()
         return content.decode("utf-8", "surrogatepass").split("\0")
-
-    def __len__(self):
-        return len(self.ends)
 
     def fingerprint(self):
         return fingerprint(self.records, self.ends)
@@ -525,9 +522,8 @@ def read_imagenet(folder):
     if not os.path.exists(listing):
         return read_folder(folder)
     paths = [line.rsplit(None, 1)[0] for line in read_text(listing).split("\n") if len(line.split()) > 1]
-    roots = (folder, os.path.dirname(listing))
-    root = next((r for r in roots if any(os.path.exists(os.path.join(r, p)) for p in paths[:100])), folder)
-    return ImageFiles(listing, root, dict.fromkeys(paths, ()))
+    below = any(os.path.exists(os.path.join(folder, path)) for path in paths[:100])
+    return ImageFiles(listing, folder if below else os.path.dirname(listing), dict.fromkeys(paths, ()))
 
 
 class Pairs(ImageFiles):
@@ -542,11 +538,7 @@ class Pairs(ImageFiles):
 
     def captions(self, i):
         path = os.path.join(self.root, os.path.splitext(self.record(i)[0])[0] + ".txt")
-        try:
-            with open(path, "rb") as f:
-                return decode_captions(f.read(), path)
-        except OSError as e:
-            raise Unreadable(f"caption file {path} cannot be read ({e.strerror})") from None
+        return decode_captions(read_bytes(path), path)
 
 
 def read_coco(folder, captions, split):
@@ -595,9 +587,6 @@ class Fake(Dataset):
             raise ValueError(f"--fake_size {','.join(map(str, size))} is not a width,height such as 500,375")
         self.split, self.n, self.size = split, n, size
 
-    def __len__(self):
-        return self.n
-
     def fingerprint(self):
         return fingerprint("fake", self.split, self.n, self.size)
 
@@ -624,15 +613,14 @@ def expand_shards(pattern):
     found = []
     for part in filter(None, re.split(r",(?![^{]*})", pattern)):  # at the commas outside braces
         if part.startswith("@"):
-            folder = os.path.dirname(part[1:])
             lines = filter(None, map(str.strip, read_text(part[1:]).split("\n")))
-            found += [os.path.join(folder, line) for line in lines]
-            continue
-        for name in expand_braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part):
-            found += sorted(glob.glob(name)) or [name]
-    absent = [path for path in found if not os.path.isfile(path)]
-    if absent or not found:
-        raise ValueError(f"there is no tar shard {absent[0] if absent else pattern}")
+            names = [os.path.join(os.path.dirname(part[1:]), line) for line in lines]
+        else:
+            names = expand_braces(os.path.join(part, "*.tar") if os.path.isdir(part) else part)
+        found += [path for name in names for path in sorted(glob.glob(name)) or [name]]
+    for path in found or [pattern]:
+        if not os.path.isfile(path):
+            raise ValueError(f"there is no tar shard {path}")
     return found
 
 
@@ -701,8 +689,8 @@ def load_shard_index(path, index_dir):
 class Tar(Dataset):
     """
     WebDataset shards, read where their indices say. Samples without a text are left out where others have
-    one. Shards that cannot be read, or are cut, are logged, and what is whole in them is used.
-    The indices take some 20 to 30 s per million members, once; ranks that start together share the work.
+    one. Of shards that are cut, what is whole is used. Indices take 20 to 30 s per million members, once, and
+    ranks that start together share the work.
     Raises ValueError where no sample is left, OSError where an index cannot be written.
     """
 
@@ -713,21 +701,17 @@ class Tar(Dataset):
         indices = {path: load_shard_index(path, index_dir)
                    for [path] in progress(shuffled, 1, "indexing tar shards")}
         shards, faults = zip(*(indices[path] for path in paths))
-        errors = ReadErrors(log)
         for fault in filter(None, faults):
-            errors.name(fault)
+            write_fault(log, fault)
         samples, shard = np.concatenate(shards), np.repeat(np.arange(len(paths)), list(map(len, shards)))
         has_text = samples["text_size"] > 0
         self.captioned = bool(has_text.any())
         usable = has_text if self.captioned else ~has_text
-        self.samples = samples[usable]
+        self.samples, self.n = samples[usable], int(usable.sum())
         used, self.shard_starts = np.unique(shard[usable], return_index=True)
         self.paths = [paths[i] for i in used]
         if not self.paths:
             raise ValueError(f"none of the {len(paths)} tar shards, {paths[0]} for one, holds an image")
-
-    def __len__(self):
-        return len(self.samples)
 
     def fingerprint(self):
         return fingerprint([os.path.basename(path) for path in self.paths], self.shard_starts, self.samples)
@@ -736,14 +720,9 @@ class Tar(Dataset):
         """-> bytes of the image or text of sample i, and what to call it."""
         path = self.paths[np.searchsorted(self.shard_starts, i, "right") - 1]
         start, size = int(self.samples[i][kind]), int(self.samples[i][f"{kind}_size"])
-        try:
-            with open(path, "rb") as f:
-                f.seek(start - tarfile.BLOCKSIZE)
-                header = f.read(tarfile.BLOCKSIZE)  # begins with the member's name, 100 bytes
-                content = f.read(size)
-        except OSError as e:
-            raise Unreadable(f"tar shard {path} cannot be read ({e.strerror})") from None
-        return content, f"{path}: {header[:100].rstrip(bytes(1)).decode('utf-8', 'replace')}"
+        content = read_bytes(path, start - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
+        name = content[:100].rstrip(bytes(1)).decode("utf-8", "replace")  # a member's header begins with it
+        return content[tarfile.BLOCKSIZE:], f"{path}: {name}"
 
     def image(self, i, min_side=0):
         content, name = self.read(i, "image")
@@ -783,10 +762,8 @@ class Subset(Dataset):
     """Some items of a data set, as a data set."""
 
     def __init__(self, dataset, indices):
-        self.dataset, self.indices, self.captioned = dataset, indices, dataset.captioned
-
-    def __len__(self):
-        return len(self.indices)
+        self.dataset, self.indices = dataset, indices
+        self.n, self.captioned = len(indices), dataset.captioned
 
     def fingerprint(self):
         return fingerprint(self.dataset.fingerprint(), self.indices)
@@ -800,15 +777,11 @@ class Subset(Dataset):
 
 def validation_subset(dataset, count, log=""):
     """`count` samples (all, if fewer) drawn at random from those that can be read, the same each time."""
-    errors, indices = ReadErrors(log, len(dataset)), []
-    for i in np.random.RandomState(0).permutation(len(dataset)).tolist():
-        if len(indices) == count:
-            break
-        found, fault = try_read(lambda i=i: (dataset.captions(i), dataset.image(i, 64)))
-        errors.count([fault])
-        if found:
-            indices.append(i)
-    return Subset(dataset, indices)
+    order = np.random.RandomState(0).permutation(len(dataset)).tolist()
+    read = functools.partial(read_each, lambda i: bool((dataset.captions(i), dataset.image(i, 64))))
+    results = load(read, [[i] for i in order], log, n=len(order))
+    readable = (i for i, [found] in zip(order, results) if found)
+    return Subset(dataset, list(itertools.islice(readable, count)))
 
 
 def all_captions(dataset, log=""):
@@ -871,13 +844,12 @@ class ResumableBatchSampler:
     """
     Batches of (index, position), endlessly: epoch after epoch, each a fresh permutation of the data, cut into
     global batches of world * batch_size, of which every rank takes its own stretch. `position` counts the
-    samples that all ranks have drawn since training began; `start` is the one to begin with.
-    A pure function of (seed, epoch, rank, world, position), so a run resumes at the very next sample, on any
-    number of ranks. An epoch may end inside a batch, where the next goes on: nothing is dropped or doubled.
+    samples that all ranks have drawn since training began; `start` is the one to begin with, on any number of
+    ranks. An epoch may end inside a batch, where the next goes on: nothing is dropped or doubled.
 
     Of shards, given by the first sample of each, the permutation is one that reads files from front to back:
-    shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on a stretch,
-    hence on shards, of its own.
+    shards in a random order, every sample moved by up to `shuffle_buffer` places, and each rank on shards of
+    its own.
     """
 
     def __init__(self, n, batch_size, *, seed=0, start=0, rank=0, world=1, shard_starts=None,
@@ -921,7 +893,7 @@ def draw(view, seed, keys):
     """
     items, faults = [], []
     for i, position in keys:
-        rng, item = random.Random(f"{seed} {position}"), None
+        rng = random.Random(f"{seed} {position}")
         for _ in range(100):
             item, fault = try_read(view.item, i, rng)
             faults.append(fault)
@@ -939,13 +911,13 @@ def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, sh
     """
     sampler = ResumableBatchSampler(len(view), batch_size, seed=seed, start=start, rank=rank, world=world,
                                     shard_starts=view.shard_starts, shuffle_buffer=shuffle_buffer)
-    return load(functools.partial(draw, view, seed), sampler, ReadErrors(log), workers)
+    return load(functools.partial(draw, view, seed), sampler, log, workers)
 
 
 # -----------------------------------------------------------------------------
 # The token cache: a data set as tokens, encoded once, in a folder of
 #
-#     key.json               what the tokens depend on, and how many parts there are
+#     key.json               what the tokens depend on
 #     00000.npy, 00001.npy   the parts, 1,024 samples each: a row for every one that can be read
 #
 # A row is codes (crops, n_image), texts (n_texts, n_text), both uint16, and n_texts; texts are filled up with
@@ -965,8 +937,8 @@ class Tokens:
 
     def __init__(self, folder, null_prob=0.0):
         self.folder, self.null_prob = folder, null_prob
-        self.parts = [np.load(part_path(folder, part), mmap_mode="r")
-                      for part in range(read_key(folder)["parts"])]
+        paths = map(functools.partial(part_path, folder), itertools.count())
+        self.parts = [np.load(path, mmap_mode="r") for path in itertools.takewhile(os.path.exists, paths)]
         self.ends = np.cumsum([len(rows) for rows in self.parts])
 
     def __reduce__(self):  # a loader process maps the files anew instead of being sent a copy
@@ -988,8 +960,8 @@ class Tokens:
 class TokenCacheSource:
     """
     A captioned data set on its way to tokens, of images `size` pixels wide and texts `n_text` tokens long.
-    One crop is the centre square; of several, each is a random crop of `scale` to 1 times it, a pure function
-    of the sample's and the crop's number. `log` names what cannot be read, `workers` are loader processes.
+    One crop is the centre square; several are random ones of `scale` to 1 times it, by the numbers of sample
+    and crop. `log` names what cannot be read, `workers` are loader processes.
     """
 
     def __init__(self, dataset, tokenizer, n_text, size, crops=1, scale=1.0, log="", workers=0):
@@ -1019,12 +991,12 @@ def build_token_cache(source, encode, folder, key, own=False, rank=0, world=1, a
     encode: images (B, 3, size, size) -> codes (B, n_image), below 65536. key: a dict of what else the codes
     depend on. all_reduce: adds a tensor up over all ranks and returns the sum, and so makes them wait.
     Every rank writes parts of its own; a run that was killed goes on with those that are missing, on as many
-    ranks as it likes. Samples that cannot be read are logged and left out.
+    ranks as it likes. Samples that cannot be read are left out.
     Raises ValueError where the folder holds tokens of something else; the run's own are made anew instead.
     """
     n = len(source.dataset)
+    claim_folder(folder, {**key, **source.key()}, own, rank)
     done = torch.zeros(-(-n // PART), dtype=torch.int32)
-    claim_folder(folder, {**key, **source.key()}, len(done), own, rank)
     if rank == 0:  # whose view of a network file system counts
         done += torch.tensor([os.path.exists(part_path(folder, part)) for part in range(len(done))])
     mine = np.flatnonzero(all_reduce(done).numpy() == 0)[rank::world]
@@ -1040,34 +1012,30 @@ def part_path(folder, part):
     return os.path.join(folder, f"{part:05d}.npy")
 
 
-def read_key(folder):
-    path = os.path.join(folder, "key.json")
-    try:
-        return dict(json.loads(read_text(path)))
-    except (ValueError, TypeError):
-        raise ValueError(f"{path} does not describe a token cache") from None
-
-
-def claim_folder(folder, key, n_parts, own, rank):
+def claim_folder(folder, key, own, rank):
     """Rank 0 writes key.json where there is none, or our own of another key, whose parts it removes first."""
-    path = os.path.join(folder, "key.json")
-    found = read_key(folder) if os.path.exists(path) else {}
-    differ = " and ".join(name for name, value in key.items() if found and found.get(name) != value)
+    path, found = os.path.join(folder, "key.json"), {}
+    if os.path.exists(path):
+        try:
+            found = dict(json.loads(read_text(path)))
+        except (ValueError, TypeError):
+            raise ValueError(f"{path} does not describe a token cache") from None
+    differ = [name for name, value in key.items() if found and found.get(name) != value]
     if differ and not own:
-        raise ValueError(f"{folder} holds tokens of another {differ}: remove it, or name another folder")
+        raise ValueError(f"{folder} holds tokens of another {' and '.join(differ)}: "
+                         "remove it, or name another folder")
     if rank == 0 and (differ or not found):
         os.makedirs(folder, exist_ok=True)
         for part in glob.glob(os.path.join(glob.escape(folder), "*.npy")) if differ else ():
             os.remove(part)
         with atomic_write(path) as f:
-            f.write(json.dumps({**key, "parts": n_parts}).encode())
+            f.write(json.dumps(key).encode())
 
 
 def encode_rows(source, encode, folder, rows, world):
     """
-    Encode and write the parts that the rows make up; -> tensor (captions cut, captions). Parts that are
-    mostly unreadable are written last: were it all of them, as of a disk that is not there, read_chunks()
-    raises before, and the next run tries again.
+    Encode and write the parts that the rows make up; -> tensor (captions cut, captions). Mostly unreadable
+    parts come last: were it all of them, as of a disk that is gone, read_chunks() raises before.
     """
     n, counts, samples, last = len(source.dataset), torch.zeros(2, dtype=torch.int64), [], []
     for chunk, results in read_chunks(source.read, rows, "encoding", source.log, source.workers, n // world):
