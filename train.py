@@ -17,7 +17,6 @@ A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.
 {stage}_{step}.png (pictures as training goes), tokenizer.json. sample.py reads it.
 """
 import argparse
-import ast
 import contextlib
 import csv
 import dataclasses
@@ -39,7 +38,6 @@ import statistics
 import sys
 import tempfile
 import time
-import tokenize
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -50,6 +48,7 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -171,6 +170,7 @@ class Progress:
     """How far a run has come: saved and restored as such."""
     step: int = 0  # optimizer steps taken, skipped ones among them
     samples: int = 0  # training samples drawn by all ranks
+    samples_per_step: int = 0  # as of now
     loss: float = 0.0  # of the last step
     loss_max: float = 0.0  # the highest since the last row of the log
     grad_norm: float = 0.0  # of the last step, before clipping
@@ -187,28 +187,26 @@ def train(settings):
     context = Context(config.device, config.dtype, settings.wide)
     path, bad_images = settings.path(".pt"), settings.path("_bad_images.log")
     saved, saved_step = latest_checkpoint(path, stage, context.print0) if config.resume else (None, None)
+    progress = Progress(**saved["progress"]) if saved else Progress()
 
     # The data, and how long to train on it
     train_set, val_set = open_datasets(settings, context, fresh=not saved)
     schedule = Schedule(config, context.world, len(train_set))
-    if saved and saved["progress"]["step"] >= schedule.max_iters:
-        return context.print0(f"{stage}: done already, {saved['progress']['step']} steps")
+    if saved and progress.step >= schedule.max_iters:
+        return context.print0(f"{stage}: done already, {progress.step} steps")
 
-    # The model, on all ranks the same; parents: what its tokens were made by
+    # The model, on all ranks the same
     torch.manual_seed(config.seed)
     prepare = prepare_biart if stage == "biart" else prepare_augvae
-    objective, (train_view, val_view), parents = prepare(settings, train_set, val_set, context)
+    objective, train_view, val_view = prepare(settings, train_set, val_set, context)
     context.print0(f"{stage}: {sum(p.numel() for p in objective.model.parameters()) / 1e6:.2f} M parameters, "
                    f"{len(train_view):,} training images, {schedule.samples_per_step} images a step on "
                    f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
-    if saved:
-        check_parents(saved, path, objective.model, parents)
-        if saved["samples_per_step"] != schedule.samples_per_step:
-            context.print0(f"from now on {schedule.samples_per_step} images a step instead of "
-                           f"{saved['samples_per_step']}; the order of the data goes on where it was")
     trainer = Trainer(objective, settings, context, saved)
-    progress = Progress(**saved["progress"]) if saved else Progress()
-    del saved
+    if progress.samples_per_step not in (0, schedule.samples_per_step):
+        context.print0(f"from now on {schedule.samples_per_step} images a step instead of "
+                       f"{progress.samples_per_step}; the order of the data goes on where it was")
+    progress.samples_per_step, saved = schedule.samples_per_step, None  # which frees its memory
 
     val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
     batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
@@ -227,14 +225,14 @@ def train(settings):
             if due or progress.step == 1 or progress.step % config.log_interval == 0:
                 log.write(progress, lr, draw=due)
             if (due or stopping) and progress.step != saved_step:
-                save(path, settings, trainer, progress, schedule, parents, saved_step)
+                trainer.save(progress, saved_step)
                 saved_step = progress.step
             if stopping or progress.step == schedule.max_iters:
                 break
             began = time.time()
             micro_batches = (next(batches) for _ in range(config.gradient_accumulation_steps))
             stopping = trainer.step(micro_batches, lr, progress, signals)
-            progress.samples += schedule.samples_per_step
+            progress.samples += progress.samples_per_step
             log.busy += time.time() - began
             if progress.skipped_in_a_row == 20:
                 raise ValueError(f"20 steps in a row, up to step {progress.step}, gave no finite loss and "
@@ -320,20 +318,13 @@ class Schedule:
         return c.min_lr + (self.peak_lr - c.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 
-def count_plateaus(losses, patience=10, cooldown=10):
-    """
-    How often more than `patience` losses in a row were no new best, by 1 in 10,000; behind each such plateau
-    `cooldown` losses do not count. As torch.optim.lr_scheduler.ReduceLROnPlateau has it.
-    """
-    plateaus, best, bad, pause = 0, math.inf, 0, 0
+def count_plateaus(losses):
+    """How often the learning rate is halved after such validation losses, as the release does it."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10, eps=0)
     for loss in losses:
-        better = loss < best * (1 - 1e-4)
-        best = loss if better else best
-        bad = 0 if better or pause else bad + 1
-        pause = max(0, pause - 1)
-        if bad > patience:
-            plateaus, bad, pause = plateaus + 1, 0, cooldown
-    return plateaus
+        plateau.step(loss)
+    return -round(math.log2(optimizer.param_groups[0]["lr"]))
 
 
 class Stopped(Exception):
@@ -345,8 +336,7 @@ class Signals:
 
     def __enter__(self):
         self.number, self.caught_at = 0, 0.0
-        numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGINT") if hasattr(signal, name)]
-        self.before = {number: signal.signal(number, self.catch) for number in numbers}
+        self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def catch(self, number, _frame):
@@ -368,35 +358,61 @@ class Trainer:
     """An objective on its device, wrapped for DDP, FSDP or torch.compile, with what a step needs."""
 
     def __init__(self, objective, settings, context, saved=None):
-        self.objective, self.config, self.context = objective, settings.train, context
+        self.objective, self.settings, self.context = objective, settings, context
+        config, model = settings.train, objective.model
         if saved:
-            objective.model.load_state_dict(saved["model"])
+            for key, value in self.identity().items():
+                if saved[key] != value:
+                    raise ValueError(f"{settings.path('.pt')} belongs to another {key} ({saved[key]}) than "
+                                     f"the present one ({value})")
+            model.load_state_dict(saved["model"])
         objective.to(context.device).train()
-        if self.config.checkpoint_activations:
-            checkpoint_activations(objective.model)
+        if config.checkpoint_activations:
+            checkpoint_activations(model)
         if settings.sharded:
-            shard(objective.model)
-        self.optimizer = make_optimizer(objective.model, self.config, context)
-        self.scaler = context.scaler()
-        torch.manual_seed(self.config.seed + context.rank)
+            shard(model)
+        self.optimizer = make_optimizer(model, config, context)
+        grad_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # the first from 2.3 on
+        self.scaler = grad_scaler(enabled=context.dtype is torch.float16)  # does nothing for other types
+        torch.manual_seed(config.seed + context.rank)
         if saved:
             load_optimizer(self.optimizer, saved["optimizer"])
             if saved["scaler"]:  # empty where the run was in another type than float16 until now
                 self.scaler.load_state_dict(saved["scaler"])
             context.restore_random_state(saved["random"])
             context.print0(f"resuming at step {saved['progress']['step']}")
-        if self.config.compile:  # a compiled search for codes would not see that it asks for full float32
+        if config.compile:  # a compiled search for codes would not see that it asks for full float32
             Codebook.nearest = torch.compiler.disable(Codebook.nearest)
-        self.wrapped = torch.compile(objective) if self.config.compile else objective
+        self.wrapped = torch.compile(objective) if config.compile else objective
         if context.world > 1 and not settings.sharded:
             self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
+
+    def identity(self):
+        """What a checkpoint must agree in with the present settings."""
+        return {**self.objective.parents, "config": dataclasses.asdict(self.objective.model.config)}
+
+    def save(self, progress, saved_step):
+        """Write all that --resume needs. saved_step: that of the checkpoint there, if it is of this run."""
+        model, rank = self.objective.model, self.context.rank
+        content = {
+            "stage": self.settings.stage, "settings": dict(self.settings.given), **self.identity(),
+            "model": full_state_dict(model.state_dict(), rank),
+            "optimizer": full_state_dict(self.optimizer.state_dict(), rank),
+            "scaler": self.scaler.state_dict(), "progress": dataclasses.asdict(progress),
+            "random": self.context.random_states()}
+        if rank == 0:  # at step 0, older ones are of a run over which --overwrite starts this one
+            save_checkpoint(self.settings.path(".pt"), content, saved_step,
+                            keep=self.settings.train.keep if progress.step else 0,
+                            best=progress.val_loss == min(progress.val_losses))
+        self.context.barrier()  # or another rank would look for what is not yet there
 
     def step(self, micro_batches, lr, progress, signals=None):
         """
         One optimizer step on this rank's micro-batches, all ranks together. -> whether any rank has caught a
         signal. A step whose loss or gradient is not finite is skipped, and counted in progress.
         """
-        context, n, total, parts = self.context, self.config.gradient_accumulation_steps, 0.0, {}
+        context, config, total, parts = self.context, self.settings.train, 0.0, {}
+        n = config.gradient_accumulation_steps
         for i, batch in enumerate(micro_batches):
             last = i == n - 1 or not isinstance(self.wrapped, DistributedDataParallel)
             with contextlib.nullcontext() if last else self.wrapped.no_sync():
@@ -406,7 +422,7 @@ class Trainer:
             total = total + loss.detach() / n
         self.scaler.unscale_(self.optimizer)
         parameters = self.objective.model.parameters()
-        norm = nn.utils.clip_grad_norm_(parameters, self.config.grad_clip or math.inf)
+        norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
         caught = float(signals is not None and signals.number > 0)
@@ -434,22 +450,24 @@ class Trainer:
 class AugVAEObjective(nn.Module):
     """Pixel loss + LPIPS, if asked for, + commitment. forward((images,)) -> loss, {part: value}."""
     copies = 1  # of a sample in a validation batch
+    parents = {}  # fingerprints of what made its training data
 
     def __init__(self, vae, config):
         super().__init__()
-        pixel_loss, perceptual = LOSSES[config.loss]
-        self.model = vae
-        self.terms = {"pixel": (1.0, pixel_loss)}  # weight and loss
-        if perceptual:
-            self.lpips = LPIPS(config.vgg_weights, config.lpips_weights)  # outside of what checkpoints hold
-            self.terms["lpips"] = (config.lpips_weight, self.lpips)
-        self.parts = (*self.terms, "commit", "codebook_use", "perplexity")
+        self.model, self.config = vae, config
+        self.pixel_loss, perceptual = LOSSES[config.loss]
+        self.lpips = LPIPS(config.vgg_weights, config.lpips_weights) if perceptual else None
+        self.parts = ("pixel", *["lpips"] * perceptual, "commit", "codebook_use", "perplexity")
 
     def forward(self, images):
         reconstruction, commitment, _ = self.model(images, collect=self.training)
-        parts = {name: loss(reconstruction.float(), images).mean() for name, (_, loss) in self.terms.items()}
-        loss = sum(weight * parts[name] for name, (weight, _) in self.terms.items()) + commitment
-        return loss, {name: value.detach() for name, value in (*parts.items(), ("commit", commitment))}
+        parts = {"pixel": self.pixel_loss(reconstruction.float(), images)}
+        loss = parts["pixel"]
+        if self.lpips:
+            parts["lpips"] = self.lpips(reconstruction.float(), images).mean()
+            loss = loss + self.config.lpips_weight * parts["lpips"]
+        parts["commit"] = commitment
+        return loss + commitment, {name: value.detach() for name, value in parts.items()}
 
     def after_step(self, skipped):
         """The codebook's own step, from what the forward passes collected; a skipped step drops that."""
@@ -471,9 +489,10 @@ class BiARTObjective(nn.Module):
     parts = ("t2i", "i2t")
     copies = 2  # of a sample in a validation batch: one runs each way
 
-    def __init__(self, biart, vae, tokenizer):
+    def __init__(self, biart, vae, tokenizer, parents=None):
         super().__init__()
-        self.model, self.helpers = biart, (vae, tokenizer)  # a tuple: no submodules to be trained
+        self.model, self.parents = biart, parents or {}
+        self.helpers = vae, tokenizer  # a tuple: no submodules to be trained
 
     def forward(self, text, image, null):
         return self.model(text, image, null if self.training else None)
@@ -494,21 +513,17 @@ class BiARTObjective(nn.Module):
 
 
 def prepare_augvae(settings, train_set, val_set, _context):
-    """-> objective, (training view, validation view), parents: fingerprints of what its tokens come from."""
-    config = settings.train
-    if settings.stage == "augvae_ml" and not config.init_from:
-        vae = AugVAE(settings.augvae)
-    else:
-        vae = read_augvae("augvae_ml", settings)
-    if settings.stage == "augvae_ml" and vae.config.single_level:
+    """-> objective, training view, validation view."""
+    config, ml = settings.train, settings.stage == "augvae_ml"
+    vae = AugVAE(settings.augvae) if ml and not config.init_from else read_augvae("augvae_ml", settings)
+    if ml and vae.config.single_level:
         raise ValueError(f"{config.init_from} is AugVAE-SL, of which no AugVAE-ML can be made: "
                          "--stage augvae_sl trains it, --stage biart uses it")
-    if settings.stage == "augvae_sl" and not vae.config.single_level:
+    if not ml and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
     size = vae.config.image_size
-    views = (data.Pixels(train_set, size, settings.data.crop_scale, settings.data.crop_of),
-             data.Pixels(val_set, size, 1.0))
-    return AugVAEObjective(vae, config), views, {}
+    train_view = data.Pixels(train_set, size, settings.data.crop_scale, settings.data.crop_of)
+    return AugVAEObjective(vae, config), train_view, data.Pixels(val_set, size, 1.0)
 
 
 def prepare_biart(settings, train_set, val_set, context):
@@ -522,6 +537,7 @@ def prepare_biart(settings, train_set, val_set, context):
         raise ValueError(f"{config.init_from} is AugVAE-ML, BiART needs AugVAE-SL: "
                          "--stage augvae_sl makes it of that")
     tokenizer = prepare_tokenizer(settings, train_set, context)
+    parents = {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
     biart_config = dataclasses.replace(
         settings.biart, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
         image_vocab=vae.config.codebook_size, image_side=vae.config.single_level)
@@ -531,20 +547,18 @@ def prepare_biart(settings, train_set, val_set, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    def all_reduce(tensor):
-        return context.all_reduce(tensor.to(context.device)).cpu()
-
-    views, parents = [], {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
-    splits = ("train", train_set, config.cache_crops, biart_config.null_prob), ("val", val_set, 1, 0.0)
-    for split, dataset, crops, null_prob in splits:
+    def view(split, dataset, crops, null_prob):
         source = data.TokenCacheSource(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
                                        settings.data.crop_scale, settings.path("_bad_images.log"),
                                        settings.data.workers)
         folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
         data.build_token_cache(source, encode, folder, parents, not config.cache_tokens, context.rank,
-                               context.world, all_reduce)
-        views.append(data.Tokens(folder, null_prob))
-    return BiARTObjective(BiART(biart_config), vae, tokenizer), views, parents
+                               context.world, lambda x: context.all_reduce(x.to(context.device)).cpu())
+        return data.Tokens(folder, null_prob)
+
+    train_view = view("train", train_set, config.cache_crops, biart_config.null_prob)
+    val_view = view("val", val_set, 1, 0.0)
+    return BiARTObjective(BiART(biart_config), vae, tokenizer, parents), train_view, val_view
 
 
 def read_augvae(name, settings):
@@ -556,9 +570,8 @@ def read_augvae(name, settings):
     if not os.path.exists(path) and not settings.train.init_from:
         raise ValueError(f"there is no checkpoint {path}: `train.py --stage {name}` makes it")
     vae = load_augvae(path)
-    values = dataclasses.asdict(vae.config)
-    values["token_grid"] = vae.config.single_level or settings.train.token_grid
-    for key, value in values.items():
+    side = vae.config.single_level or settings.train.token_grid
+    for key, value in {**dataclasses.asdict(vae.config), "token_grid": side}.items():
         if settings.given.get(key, value) != value:
             raise ValueError(f"--{key} {settings.given[key]} contradicts {path}, which has {value}")
     return vae
@@ -566,14 +579,13 @@ def read_augvae(name, settings):
 
 def prepare_tokenizer(settings, train_set, context):
     """The run's own with --resume, or that of --tokenizer, or a new one of all training captions."""
-    config, path = settings.train, os.path.join(settings.train.out_dir, "tokenizer.json")
-    given = Tokenizer.load(config.tokenizer) if config.tokenizer else None
+    config, path, began = settings.train, os.path.join(settings.train.out_dir, "tokenizer.json"), time.time()
+    tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
-        tokenizer = Tokenizer.load(path)
-        if given and given.fingerprint() != tokenizer.fingerprint():
+        own = Tokenizer.load(path)
+        if tokenizer and tokenizer.fingerprint() != own.fingerprint():
             raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, which the run began with")
-        return tokenizer
-    tokenizer, began = given, time.time()
+        return own
     if not tokenizer:
         captions = data.all_captions(train_set, settings.path("_bad_images.log"))
         tokenizer = Tokenizer.train(captions, config.vocab_size)
@@ -618,12 +630,11 @@ def configure(given, stage, *classes):
     Settings of one stage, an instance of each class: its defaults < the preset's < what was given.
     Raises ValueError where one is outside its class's `limits` (intervals) or none of its `choices`.
     """
+    return [from_values(cls, {**preset_values(given, stage), **given}) for cls in classes]
+
+
+def preset_values(given, stage):
     preset = given.get("preset", TrainConfig.preset)
-    values = {**preset_values(preset, stage), **given}
-    return [from_values(cls, values) for cls in classes]
-
-
-def preset_values(preset, stage):
     if preset not in PRESETS:
         raise ValueError(f"--preset {preset!r} is none of: {', '.join(PRESETS)}")
     return {**PRESETS[preset].get("", {}), **PRESETS[preset].get(stage, {})}
@@ -653,7 +664,7 @@ def in_interval(value, interval):
 class Parser(argparse.ArgumentParser):
     """
     `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the
-    result. The help is the comment behind the field; a comment on a line of its own begins a group.
+    result. The help is their source: the comment behind a field; one on a line of its own begins a group.
     """
 
     def __init__(self, classes, defaults, **kwargs):
@@ -661,43 +672,28 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
                              prog, max_help_position=38, width=170))
         for cls in classes:
-            comments, groups = field_comments(cls), {}
-            for f in dataclasses.fields(cls):
-                if f.metadata.get("derived"):
-                    continue
-                title, note = comments[f.name]
-                if title not in groups:
-                    groups[title] = self.add_argument_group(title)
-                read, metavar, extra = ARGUMENT_KINDS[f.type]
-                note = f"{note} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
-                groups[title].add_argument(f"--{f.name}", type=read, default=argparse.SUPPRESS,
-                                           metavar=metavar, help=note, **extra)
+            group = self.add_argument_group(cls.__name__.removesuffix("Config"))
+            fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("derived")}
+            for line in inspect.getsource(cls).splitlines():
+                heading = re.fullmatch("    # (.*)", line)
+                setting = re.match(r"    (\w+): [^#]*(?:# (.*))?", line)
+                if heading:
+                    group = self.add_argument_group(heading[1])
+                elif setting and setting[1] in fields:
+                    name, f = setting[1], fields[setting[1]]
+                    note = f"{setting[2]} [{defaults.get(name, f.default)}]".replace("%", "%%")
+                    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note,
+                                       **ARGUMENT_KINDS[f.type])
 
     def settings(self, argv):
         """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
             names = sorted(s for a in self._actions for s in a.option_strings)
-            name = unknown[0].split("=")[0]
-            close = difflib.get_close_matches(name, names, 1)
+            close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
             hint = f" (did you mean {close[0]}?)" if close else ""
             self.error(f"unknown setting {unknown[0]}{hint}; valid are {' '.join(names)}")
         return vars(found)
-
-
-def field_comments(cls):
-    """Dataclass -> {field: (title of its group, the comment behind it)}, from its source."""
-    source = inspect.getsource(cls)
-    comments = {token.start[0]: token for token in tokenize.generate_tokens(io.StringIO(source).readline)
-                if token.type == tokenize.COMMENT}
-    title, found = cls.__name__.removesuffix("Config"), {}
-    for node in ast.parse(source).body[0].body:
-        if isinstance(node, ast.AnnAssign):
-            above, behind = comments.get(node.lineno - 1), comments.get(node.end_lineno)
-            if above and above.line.lstrip().startswith("#"):
-                title = above.string.lstrip("# ")
-            found[node.target.id] = title, behind.string.lstrip("# ") if behind else ""
-    return found
 
 
 def true_or_false(text):
@@ -713,40 +709,17 @@ def int_tuple(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
 
 
-# How a setting of each type is read: conversion, how the help calls it, what else argparse should know.
-ARGUMENT_KINDS = {int: (int, "int", {}), float: (float, "float", {}), str: (str, "text", {}),
-                  bool: (true_or_false, "bool", {"nargs": "?", "const": True}),
-                  tuple[int, ...]: (int_tuple, "int,int,...", {}),
-                  tuple[str, ...]: (str, "text", {"nargs": "+"})}
+ARGUMENT_KINDS = {  # how argparse reads a setting of each type
+    int: {"type": int, "metavar": "int"},
+    float: {"type": float, "metavar": "float"},
+    str: {"metavar": "text"},
+    bool: {"type": true_or_false, "metavar": "bool", "nargs": "?", "const": True},
+    tuple[int, ...]: {"type": int_tuple, "metavar": "int,int,..."},
+    tuple[str, ...]: {"metavar": "text", "nargs": "+"}}
 
 
 # -----------------------------------------------------------------------------
 # Checkpoints
-
-def save(path, settings, trainer, progress, schedule, parents, saved_step):
-    """Write all that --resume needs. saved_step: that of the checkpoint at path, if it is of this run."""
-    context, model = trainer.context, trainer.objective.model
-    content = {
-        "stage": settings.stage, "settings": dict(settings.given), **parents,
-        "config": dataclasses.asdict(model.config),
-        "model": full_state_dict(model.state_dict(), context.rank),
-        "optimizer": full_state_dict(trainer.optimizer.state_dict(), context.rank),
-        "scaler": trainer.scaler.state_dict(), "progress": dataclasses.asdict(progress),
-        "samples_per_step": schedule.samples_per_step, "random": context.all_gather(context.random_state())}
-    if context.rank == 0:
-        save_checkpoint(path, content, saved_step, settings.train.keep,
-                        best=progress.val_loss == min(progress.val_losses))
-        for stale in older_checkpoints(path).values() if progress.step == 0 else ():
-            os.remove(stale)  # of another run, over which --overwrite starts this one
-    context.barrier()  # or another rank would look for what is not yet there
-
-
-def check_parents(saved, path, model, parents):
-    """Raises ValueError where a checkpoint is of another model than the present settings describe."""
-    for key, value in {**parents, "config": dataclasses.asdict(model.config)}.items():
-        if saved[key] != value:
-            raise ValueError(f"{path} belongs to another {key} ({saved[key]}) than the present one ({value})")
-
 
 def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     """
@@ -760,16 +733,14 @@ def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     if best:
         with open(path, "rb") as f, data.atomic_write(f"{stem}_best.pt", part=f"{path}.part") as copy:
             shutil.copyfileobj(f, copy)
-    for _, old in sorted(older_checkpoints(path).items(), reverse=True)[keep:]:
+    for old in older_checkpoints(path)[keep:]:
         os.remove(old)
 
 
 def older_checkpoints(path):
-    """{step: path} of what save_checkpoint kept of a stage's earlier checkpoints."""
+    """What save_checkpoint kept of a stage's earlier checkpoints, the newest first."""
     stem = os.fspath(path).removesuffix(".pt")
-    found = (re.fullmatch(rf"{re.escape(stem)}_(\d+)\.pt", name)
-             for name in glob.glob(f"{glob.escape(stem)}_*.pt"))
-    return {int(match[1]): match[0] for match in found if match}
+    return sorted(glob.glob(f"{glob.escape(stem)}_{'[0-9]' * 8}.pt"), reverse=True)
 
 
 def latest_checkpoint(path, stage, print0=print):
@@ -777,17 +748,15 @@ def latest_checkpoint(path, stage, print0=print):
     The newest checkpoint of a stage that can be read, and its step where it is the one at path; (None, None)
     where there is none at all. Says which it had to pass over.
     """
-    older = [old for _, old in sorted(older_checkpoints(path).items(), reverse=True)]
-    there = [p for p in (path, *older) if os.path.exists(p)]
-    for i, candidate in enumerate(there):
+    there = [p for p in (path, *older_checkpoints(path)) if os.path.exists(p)]
+    for candidate, before in zip(there, [*there[1:], None]):
         try:
             checkpoint = load_checkpoint(candidate, stage)
-        except ValueError as e:
-            if i + 1 == len(there):
-                raise
-            print0(f"warning: {e}; going back to {there[i + 1]}")
-        else:
             return checkpoint, checkpoint["progress"]["step"] if candidate == path else None
+        except ValueError as e:
+            if not before:
+                raise
+            print0(f"warning: {e}; going back to {before}")
     return None, None
 
 
@@ -875,13 +844,6 @@ class Context:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def scaler(self):
-        """Loss scaling, which float16 needs; it does nothing for other types."""
-        enabled = self.dtype is torch.float16
-        if hasattr(torch.amp, "GradScaler"):  # from torch 2.3 on
-            return torch.amp.GradScaler(self.device.type, enabled=enabled)
-        return torch.cuda.amp.GradScaler(enabled=enabled)
-
     def to_device(self, batch):
         return [x.to(self.device, non_blocking=True) for x in batch]
 
@@ -895,30 +857,27 @@ class Context:
         """Wait for all ranks to have come this far. NCCL's sum only enqueues; looking at it waits."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
 
-    def all_gather(self, value):
-        """What every rank has, as a list; values are small and picklable."""
-        values = [value] * self.world
-        if self.world > 1:
-            dist.all_gather_object(values, value)
-        return values
-
     def print0(self, *text):
         if self.rank == 0:
             print(*text, flush=True)
 
-    def random_state(self):
-        state = {"cpu": torch.get_rng_state()}
-        if self.device.type != "cpu":
-            state["device"] = getattr(torch, self.device.type).get_rng_state()
-        return state
+    def generators(self):
+        return {self.device.type: getattr(torch, self.device.type), "cpu": torch.random}
+
+    def random_states(self):
+        """The generators' states on every rank, as a list."""
+        state = {name: module.get_rng_state() for name, module in self.generators().items()}
+        states = [state] * self.world
+        if self.world > 1:
+            dist.all_gather_object(states, state)
+        return states
 
     def restore_random_state(self, states):
         """Go on with this rank's own; a rank that the saved run did not have keeps what its seed gave it."""
-        state = states[self.rank] if self.rank < len(states) else {}
-        if "cpu" in state:
-            torch.set_rng_state(state["cpu"])
-        if self.device.type != "cpu" and "device" in state:
-            getattr(torch, self.device.type).set_rng_state(state["device"])
+        own = states[self.rank] if self.rank < len(states) else {}
+        for name, module in self.generators().items():
+            if name in own:
+                module.set_rng_state(own[name])
 
     def timeit(self, function):
         """Seconds that a call takes, with what it leaves the device to do."""
@@ -1312,13 +1271,9 @@ def run_bench(given, config):
 # -----------------------------------------------------------------------------
 
 def main(argv):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", default=TrainConfig.preset)
-    first.add_argument("--stage", default=TrainConfig.stage)
-    seen, _ = first.parse_known_args(argv)
-    defaults = preset_values(seen.preset, seen.stage)
-    parser = Parser(CONFIGS, defaults, description=__doc__)
-    given = parser.settings(argv)
+    seen = vars(Parser(CONFIGS, {}, add_help=False).parse_known_args(argv)[0])
+    defaults = preset_values(seen, seen.get("stage"))  # which --help shows
+    given = Parser(CONFIGS, defaults, description=__doc__).settings(argv)
     if given.get("resume"):  # as the run was started, but for what is given now
         given = {**settings_of_run(given.get("out_dir", TrainConfig.out_dir)), **given}
     stage = given.get("stage", TrainConfig.stage)
@@ -1342,11 +1297,11 @@ def main(argv):
 
 def settings_of_run(out_dir):
     """What was given on the command line of the run in out_dir, by the stage that was at work last."""
-    files = {stage: glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt") for stage in STAGES}
-    if not any(files.values()):
+    files = [path for stage in STAGES for path in glob.glob(f"{glob.escape(out_dir)}/{stage}*.pt")]
+    if not files:
         raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}")
-    stage = max((stage for stage in STAGES if files[stage]),
-                key=lambda stage: max(map(os.path.getmtime, files[stage])))
+    newest = os.path.basename(max(files, key=os.path.getmtime))
+    stage = next(stage for stage in STAGES if newest.startswith(stage))
     saved, _ = latest_checkpoint(os.path.join(out_dir, f"{stage}.pt"), stage, print0=lambda _: None)
     return {key: value for key, value in saved["settings"].items()
             if key not in ("resume", "overwrite", "out_dir")}
