@@ -283,7 +283,7 @@ class BiART(nn.Module):
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed_side(ref, OTHER[to], REF, null), self.embed_side(prefix, to, GEN)], dim=1)
-        cache = KVCache(n, length)
+        cache = KVCache(self.config.n_head, n, length)
         h = self.transformer(x, [x.shape[1] - 1], cache)
         return self.next_logits(h, to, guidance), cache
 
@@ -311,7 +311,7 @@ class BiART(nn.Module):
 
     @torch.no_grad()
     def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
-                 seeds=None):
+                 seeds=None, window=1):
         """
         Sample the GEN side from the REF side, with a key-value cache.
 
@@ -322,47 +322,76 @@ class BiART(nn.Module):
         top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
         guidance: logits = null + guidance * (conditional - null); null: the same model on a blank REF side.
         seeds: B * n integers; a seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
+        window: tokens that a forward pass looks for. The sample is the same, found in fewer passes: this is
+            Jacobi iteration. A pass takes the last known token, c, and guesses behind it, x y z; at each it
+            picks the token that follows, d e f g, by that token's own random number. d is right. If x = d,
+            e is right too; if then y is not e, f and g are guesses, and the next pass takes e f g g.
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
+        self.passes says how many passes it took, that through the prompt aside.
         """
         c, B = self.config, len(ref)
         prefix = ref[:, :0] if prefix is None else prefix
         m, total = prefix.shape[1], c.length(to)
-        if m == total:
-            return prefix.repeat_interleave(n, 0)
+        seeds = range(B * n) if seeds is None else seeds
         uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(seed)))
-                               for seed in (range(B * n) if seeds is None else seeds)])
-        uniform = uniform.view(B, n, total)[..., m:].to(ref.device)  # one number a token
-        tokens = torch.zeros_like(uniform, dtype=torch.long)  # (B, n, total - m), what follows the prefix
-        pos = torch.zeros_like(tokens[..., :1])  # where the last known token stands
-        position = self.position_embedding(to, GEN)[m:]
+                               for seed in seeds])
+        # what follows the prefix, and behind it room for a window that begins at the last token
+        uniform = F.pad(uniform.view(B, n, total)[..., m:], (0, 2 * window)).to(ref.device)
+        position = F.pad(self.position_embedding(to, GEN)[m:], (0, 0, 0, window))
+        tokens = torch.zeros_like(uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
+        pos = torch.zeros_like(tokens[..., :1])  # where each sample's last known token stands
+        last = max(0, total - m - 1)
+        hits = torch.full((), 0.5, device=ref.device)  # right guesses in a row, lately, on average
 
-        def sample(logits, u):
-            """logits (B, n, 1, V), uniform numbers (B, n, 1) -> tokens (B, n, 1)."""
-            return sample_token(logits.flatten(0, 2), u.flatten(), temperature, top_k, top_p).view(u.shape)
+        def sample(logits, at):
+            """logits (B, n, W, V) of the tokens at (B, n, W) -> these tokens (B, n, W)."""
+            u = uniform.gather(2, at).flatten()
+            return sample_token(logits.flatten(0, 2), u, temperature, top_k, top_p).view_as(at)
 
-        def step(kv_len):
-            """In place and without a look at any value, so that a graph can replay it."""
-            x = self.token[to](tokens.gather(2, pos)) + position[pos]  # (B, n, 1, C)
-            logits = self.decode_step(x, pos, kv_len, to, guidance, cache)
-            pos.add_(1)
-            tokens.scatter_(2, pos, sample(logits, uniform.gather(2, pos)))
+        def step(kv_len, W):
+            """One pass. In place and without a look at any value, so that a graph can replay it."""
+            at = pos + torch.arange(W, device=ref.device)  # (B, n, W)
+            inputs = tokens.gather(2, at)  # the first is known, the others are guesses
+            x = self.token[to](inputs) + position[at]  # (B, n, W, C)
+            found = sample(self.decode_step(x, at, kv_len, to, guidance, cache), at + 1)
+            if window > 1:
+                right = (found == tokens.gather(2, at + 1)).cumprod(2)  # 1 as long as all guesses were
+                going = pos < last
+                hits.lerp_((right.sum(2, keepdim=True) * going).sum() / going.sum().clamp(min=1), 0.5)
+                tokens.scatter_(2, at + 1 + W, found[..., -1:].expand_as(at))  # new guesses: the same again
+                pos.add_(right[..., :-1].sum(2, keepdim=True))
+            tokens.scatter_(2, at + 1, found)
+            pos.add_(1).clamp_(max=last)
 
-        def all_ended():
-            going = (~(tokens == c.end_token).any(2)).sum()
+        def look():
+            """-> samples that go on, the farthest pos, hits. A GPU waits for these values."""
+            done = pos == last
+            if to == "text":
+                known = torch.arange(tokens.shape[2], device=ref.device) <= pos
+                done = done | ((tokens == c.end_token) & known).any(2, keepdim=True)
+            going = (~done).sum()
             if self.sharded:  # ranks end together, as blocks fetch their weights from all of them
                 torch.distributed.all_reduce(going)
-            return going == 0
+            return torch.stack([going.to(hits), pos.max().to(hits), hits]).tolist()
 
-        logits, cache = self.prefill(ref, to, prefix, guidance, n, total - m)
-        tokens[..., :1] = sample(logits[:, None, None].repeat(1, n, 1, 1), uniform[..., :1])
+        logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
+        tokens[:] = sample(logits[:, None, None].expand(B, n, 1, -1), pos)  # the first, and guesses
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
-        look_every = 16 if ref.is_cuda else 1  # a GPU waits where a value is looked at
-        for i in range(total - m - 1):
-            if to == "text" and i % look_every == 0 and all_ended():
-                break
-            step(min(total - m, (i // 128 + 1) * 128))  # rounded up: each length is a graph of its own
-        tokens = torch.cat([prefix[:, None].expand(B, n, m), tokens], 2).flatten(0, 1)
+        # on a GPU few looks, and kv_len in multiples of 128, as each has a graph of its own
+        look_every, multiple = (16, 128) if ref.is_cuda else (1, 1)
+        self.passes, farthest, W = 0, 0, window
+        while self.passes < last:
+            if self.passes % look_every == 0 and (window > 1 or to == "text"):
+                going, farthest, lately = look()
+                if not going:
+                    break
+                W = window if lately >= 0.5 else 1  # too few guesses are right: go token by token
+            kv_len = -(-(int(farthest) + W) // multiple) * multiple
+            step(min(kv_len, len(position)), W)
+            farthest += W
+            self.passes += 1
+        tokens = torch.cat([prefix[:, None].expand(B, n, m), tokens[..., :total - m]], 2).flatten(0, 1)
         if to == "text":
             ended = (tokens == c.end_token).long()
             tokens = tokens.masked_fill(ended.cumsum(1) > ended, c.pad_token)
@@ -444,14 +473,16 @@ class KVCache:
     Keys and values of all blocks while decoding: the prompts', and those of the tokens that n candidates of
     each add, at most `length`. A prompt's are kept once, for all of its candidates.
     """
-    def __init__(self, n, length):
-        self.n, self.length = n, length
-        self.prompt, self.own = [], []  # of each block: (2, B, nh, T, hs), and (2, B, nh, n, length, hs)
+    def __init__(self, n_head, n, length):
+        self.n_head, self.n, self.length = n_head, n, length
+        self.prompt, self.own = [], []  # of each block: (2, B * nh, T, hs), and (2, B * nh * n, length, hs)
 
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
-        self.kv_len, self.pos = kv_len, pos[:, None, :, :, None]  # (B, 1, n, W, 1)
-        self.future = torch.arange(kv_len, device=pos.device) > self.pos  # (B, 1, n, W, kv_len)
+        self.kv_len = kv_len
+        self.pos = pos.repeat_interleave(self.n_head, 0).view(-1, pos.shape[2], 1)  # (B * nh * n, W, 1)
+        future = torch.arange(kv_len, device=pos.device) > self.pos  # (B * nh * n, W, kv_len)
+        self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
 
     def attend(self, i, q, k, v):
         """
@@ -459,30 +490,31 @@ class KVCache:
         causal_attention. Then they are of W tokens of each candidate, (B, nh, n * W, hs), which attend to
         the prompt, to their candidate's tokens before them, and to themselves. -> the shape of q.
         """
+        B, nh, T, hs = q.shape
         if i == len(self.prompt):
-            self.prompt.append(torch.stack([k, v]))
-            self.own.append(k.new_zeros(2, *k.shape[:2], self.n, self.length, k.shape[3]))
+            self.prompt.append(torch.stack([k, v]).flatten(1, 2))
+            self.own.append(k.new_zeros(2, B * nh * self.n, self.length, hs))
             return causal_attention(q, k, v)
-        q = q * q.shape[-1] ** -0.5
-        candidate_q, k, v = (t.unflatten(2, (self.n, -1)) for t in (q, k, v))  # (B, nh, n, W, hs)
-        own_k, own_v = self.own[i]  # (B, nh, n, length, hs)
-        own_k.scatter_(3, self.pos.expand_as(k), k)
-        own_v.scatter_(3, self.pos.expand_as(v), v)
-        own_k, own_v = own_k[..., :self.kv_len, :], own_v[..., :self.kv_len, :]
-        # = softmax(q k^T) v over the prompt's keys and then the candidate's own, as if they lay side by side
-        prompt_k, prompt_v = self.prompt[i]  # (B, nh, T, hs)
-        prompt_scores = (q @ prompt_k.mT).unflatten(2, (self.n, -1))  # (B, nh, n, W, T)
-        own_scores = (candidate_q @ own_k.mT).masked_fill(self.future, -torch.inf)  # (B, nh, n, W, kv_len)
-        p = torch.cat([prompt_scores, own_scores], -1).softmax(-1)
-        prompt_p, own_p = p.split([prompt_k.shape[2], self.kv_len], -1)
-        return prompt_p.flatten(2, 3) @ prompt_v + (own_p @ own_v).flatten(2, 3)
+        q = (q * hs ** -0.5).reshape(B * nh, T, hs)
+        own_q, k, v = (t.reshape(B * nh * self.n, -1, hs) for t in (q, k, v))  # (B * nh * n, W, hs)
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[i], self.own[i]
+        own_k.scatter_(1, self.pos.expand_as(k), k)
+        own_v.scatter_(1, self.pos.expand_as(v), v)
+        own_k, own_v = own_k[:, :self.kv_len], own_v[:, :self.kv_len]
+        # = softmax(q k^T) v over the prompt's keys and then the candidate's own, side by side
+        prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T)
+        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT)  # (B * nh * n, W, kv_len)
+        scores = torch.cat([prompt_scores.view(*own_q.shape[:2], -1), own_scores], dim=2)
+        prompt_p, own_p = scores.softmax(-1).split([prompt_k.shape[1], self.kv_len], dim=2)
+        y = torch.bmm(prompt_p.reshape_as(prompt_scores), prompt_v)  # (B * nh, n * W, hs)
+        return torch.baddbmm(y.view_as(own_q), own_p, own_v).view(B, nh, T, hs)
 
     def reorder(self, parent, kv_len):
         """Candidate j takes over the first kv_len tokens of candidate parent[:, j] of its prompt."""
         for own in self.own:  # with guidance, of twice as many prompts
-            own = own[..., :kv_len, :]
+            own = own[..., :kv_len, :].unflatten(1, (-1, self.n_head, self.n))
             index = parent.repeat(own.shape[1] // len(parent), 1)[None, :, None, :, None, None]
-            own.copy_(own.gather(3, index.expand_as(own)))
+            own.copy_(own.gather(3, index.expand_as(own)))  # (2, B, nh, n, kv_len, hs)
 
 
 def sample_token(logits, uniform, temperature=1.0, top_k=0, top_p=1.0):
@@ -620,28 +652,28 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 class GraphedStep:
     """
-    step(kv_len) on a CUDA device, recorded as a graph, which is launched at once and not kernel by kernel.
-    For each kv_len the first call runs as it is, which warms up, and the second records. Whether a device can
+    step(*sizes) on a CUDA device, recorded as a graph, which is launched at once and not kernel by kernel.
+    For each sizes the first call runs as it is, which warms up, and the second records. Whether a device can
     do graphs is found out by trying.
     """
     def __init__(self, step):
         self.step, self.graphs, self.works = step, {}, True
 
-    def __call__(self, kv_len):
-        if kv_len not in self.graphs or not self.works:
-            self.graphs[kv_len] = None
-            return self.step(kv_len)
-        if self.graphs[kv_len] is None:
+    def __call__(self, *sizes):
+        if sizes not in self.graphs or not self.works:
+            self.graphs[sizes] = None
+            return self.step(*sizes)
+        if self.graphs[sizes] is None:
             stream = torch.cuda.current_stream()
             try:
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # loaders' threads may go on
-                    self.step(kv_len)
+                    self.step(*sizes)
             except RuntimeError as e:  # nothing of the step has run yet
                 torch.cuda.set_stream(stream)
                 torch.cuda.synchronize()
                 warnings.warn(f"no CUDA graphs here, decoding goes kernel by kernel ({e})", stacklevel=2)
                 self.works = False
-                return self.step(kv_len)
-            self.graphs[kv_len] = graph
-        self.graphs[kv_len].replay()
+                return self.step(*sizes)
+            self.graphs[sizes] = graph
+        self.graphs[sizes].replay()

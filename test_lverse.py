@@ -2295,8 +2295,8 @@ def test_candidates_share_the_keys_and_values_of_their_prompt(guidance):
     model, (text, _) = biart(), captions_and_codes(2)
     _, cache = model.prefill(text, "image", text[:, :0], guidance, n=8, length=9)
     batch = 2 if guidance == 1 else 4
-    assert [kv.shape for kv in cache.prompt] == [(2, batch, 2, 6, 8)] * 2  # not 8 times as many
-    assert [kv.shape for kv in cache.own] == [(2, batch, 2, 8, 9, 8)] * 2
+    assert [kv.shape for kv in cache.prompt] == [(2, batch * 2, 6, 8)] * 2  # 2 heads; not 8 times as many
+    assert [kv.shape for kv in cache.own] == [(2, batch * 2 * 8, 9, 8)] * 2
 
 
 @pytest.mark.slow
@@ -2331,6 +2331,41 @@ def test_a_sample_depends_on_its_own_seed_alone():
     together = model.generate(text, "image", seeds=[11, 12, 13, 14])
     assert torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[13]))
     assert not torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[14]))
+
+
+@pytest.mark.parametrize("to", ["image", "text"])
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"guidance": 2.5, "temperature": 0.8},
+                                     {"top_k": 4}, {"top_p": 0.7}])
+def test_a_window_finds_the_same_sample_where_guesses_are_mostly_wrong(to, options):
+    model, (text, image) = biart().double(), captions_and_codes(3)
+    ref, gen = (text, image) if to == "image" else (image, text)
+    for n, prefix_len, window in itertools.product((1, 4), (0, 1, 4, gen.shape[1]), (2, 5, 16)):
+        given = dict(n=n, prefix=gen[:, :prefix_len], **options)
+        expected = model.generate(ref, to, **given)
+        assert model.passes <= gen.shape[1] - 1
+        assert torch.equal(model.generate(ref, to, window=window, **given), expected)
+
+
+def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
+    torch.manual_seed(0)
+    model, (text, image) = BiART(dataclasses.replace(GPT, n_embd=32, image_side=6)), captions_and_codes(16)
+    image = image[:, :1].repeat(1, 36)  # of one colour each, with a spot
+    image[torch.arange(16), torch.arange(16) + 10] = 3
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        order = torch.randperm(16)  # so that every sample runs both ways
+        optimizer.zero_grad()
+        model(text[order], image[order])[0].backward()
+        optimizer.step()
+    model.eval().double()
+    for options in ({}, {"guidance": 1.5}, {"top_p": 0.9}, {"temperature": 0}):
+        one_by_one = model.generate(text[:4], "image", n=2, **options)
+        assert model.passes == 35
+        for window in (4, 16, 64):  # the last is longer than the image
+            assert torch.equal(model.generate(text[:4], "image", n=2, window=window, **options), one_by_one)
+            assert model.passes <= 25
+    captions = model.generate(image, "text")
+    assert torch.equal(model.generate(image, "text", window=4), captions)
 
 
 def test_sampling_distribution():
