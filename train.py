@@ -38,8 +38,10 @@ import statistics
 import sys
 import tempfile
 import time
+import weakref
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -48,15 +50,20 @@ import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
 
+import augvae
 import data
 from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, ResBlock, from_lightning, safe_load
 from biart import BiART, BiARTConfig, Block
 from data import DataConfig
 from tokenizer import Tokenizer
 
+aten = torch.ops.aten
 STAGES = ("augvae_ml", "augvae_sl", "biart")
 LOSSES = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # AugVAE's pixel loss, and whether with LPIPS
           "lpips_l2": (F.mse_loss, True), "lpips_l1": (F.l1_loss, True)}
@@ -1252,12 +1259,140 @@ def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
     return {"median_s": 1 / next(iter(medians.values()))["ours"], "size": size, "images_s": medians}
 
 
+# Does it fit? What a GPU would hold in a step of training, counted over fake tensors: shapes without numbers
+
+def places(indices):
+    """Indices as they are, but for a mask as many as it may hold."""
+    return [i.new_empty(i.numel() // 2, dtype=torch.long) if i is not None and i.dtype is torch.bool else i
+            for i in indices]
+
+
+class TensorBytes(TorchDispatchMode):
+    """Bytes of all tensors there are, and the most there were; where values are looked at, made-up ones."""
+    made_up = {
+        aten._local_scalar_dense.default: lambda x: 1.0 if x.is_floating_point() else 1,
+        aten.nonzero.default: lambda x: x.new_empty(x.numel() // 2, x.dim(), dtype=torch.long),
+        aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(minlength),
+        aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
+        aten.index_put_.default: lambda x, at, *rest: aten.index_put_(x, places(at), *rest)}
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.storages = 0, 0, set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = self.made_up.get(func, func)(*args, **kwargs or {})
+        for x in tree_flatten(out)[0]:
+            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
+            if storage is not None and storage._cdata not in self.storages:
+                self.storages.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        return out
+
+    def forget(self, key, nbytes):
+        self.storages.discard(key)
+        self.now -= nbytes
+
+
+def lpips_shapes(_path):
+    """What LPIPS reads from its two files, by name."""
+    from torchvision.models import vgg16
+    layers = vgg16().features
+    heads = {f"lin{i}.model.1.weight": torch.empty(1, layers[tap - 1].out_channels, 1, 1)
+             for i, tap in enumerate(LPIPS.taps)}
+    return {**{f"features.{name}": x for name, x in layers.state_dict().items()}, **heads}
+
+
+def objective_and_batch(settings):
+    """What a stage trains, and a batch for it, without a run that came before."""
+    config, n = settings.train, settings.train.batch_size
+    if settings.stage == "biart":
+        c = dataclasses.replace(settings.biart, text_vocab=config.vocab_size, image_side=config.token_grid,
+                                image_vocab=settings.augvae.codebook_size)
+        tokens = [torch.zeros(n, length, dtype=torch.long) for length in (c.n_text, c.n_image)]
+        return BiARTObjective(BiART(c), None, None), [*tokens, torch.zeros(n, dtype=torch.bool)]
+    vae, side = AugVAE(settings.augvae), settings.augvae.image_size
+    vae = vae if settings.stage == "augvae_ml" else vae.single_level(config.token_grid)
+    return AugVAEObjective(vae, config), [torch.zeros(n, 3, side, side)]
+
+
+def count_memory(settings):
+    """
+    GB of 2^30 bytes that a step of training holds on a GPU: {"weights": LPIPS's among them, "gradients",
+    "optimizer", "activations": kept for the backward pass, "peak"}. Attention is taken to be fused. Not
+    counted are convolutions' workspaces, gaps between tensors and CUDA itself.
+    """
+    config, after = settings.train, {}
+    context = Context("cpu", "float32", wide=True)
+    context.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # float16 is as large
+    context.print0 = lambda *_: None
+    as_on_cuda = {"is_cuda": lambda _: True, "find_weights": lambda *_: "", "safe_load": lpips_shapes}
+    with mock.patch.multiple(augvae, **as_on_cuda):
+        with torch.device("meta"):
+            objective, batch = objective_and_batch(settings)
+        with FakeTensorMode(allow_non_fake_inputs=True), TensorBytes() as tensors:
+            objective.to_empty(device="cpu")
+            objective.to = lambda _: objective  # it is where it should be
+            weights, batch = tensors.now, [torch.empty_like(x, device="cpu") for x in batch]
+            trainer = Trainer(objective, settings, context)
+            for p in objective.model.parameters():
+                p.grad = torch.empty_like(p)
+            trainer.optimizer.step()  # now its state is there, as in all steps but the first
+            trainer.optimizer.zero_grad()
+            objective.register_forward_hook(lambda *_: after.update(forward=tensors.now))
+            trainer.optimizer.register_step_pre_hook(lambda *_: after.update(backward=tensors.now))
+            micro_batches, tensors.most = [batch] * min(2, config.gradient_accumulation_steps), 0
+            trainer.step(micro_batches, 0.0, Progress())
+            gradients = after["backward"] - tensors.now
+            held = {"weights": weights, "gradients": gradients, "optimizer": tensors.now - weights,
+                    "activations": after["forward"] - tensors.now - gradients * (len(micro_batches) - 1),
+                    "peak": tensors.most}
+    return {name: n / 2 ** 30 for name, n in held.items()}
+
+
+def bench_stage_memory(stage, given, cards=(16, 32, 40, 80)):
+    """What a GPU would hold, and the largest --batch_size for cards of some GB; CUDA itself takes one."""
+    @functools.lru_cache(None)
+    def count(batch_size):
+        classes = configure({**given, "batch_size": batch_size}, stage, *CONFIGS)
+        held = count_memory(Settings(stage, given, *classes))
+        return {**held, "with DDP": held["peak"] + held["gradients"]}  # its buckets are another copy of them
+
+    config = configure(given, stage, TrainConfig)[0]
+    B, multiple, largest = config.batch_size, 2 if stage == "biart" else 1, {}
+    held, slope = count(B), (count(2 * B)["with DDP"] - count(B)["with DDP"]) / B
+    for gb in cards:  # foretold by a line through two points, then counted
+        n = int(B + (gb - 1 - held["with DDP"]) / slope) // multiple * multiple
+        while n > 0 and count(n)["with DDP"] > gb - 1:
+            n -= multiple
+        largest[gb] = max(n, 0)
+    how = "float32" if config.dtype == "float32" else "16 bits"
+    how += ", --checkpoint_activations" * config.checkpoint_activations
+    print(f"{stage}, {how}, --batch_size {B}: "
+          + ", ".join(f"{name} {size:.2f}" for name, size in held.items()) + f" GB, {slope:.2f} GB an image\n  "
+          "largest --batch_size: " + ", ".join(f"{n} on {gb} GB" for gb, n in largest.items()), flush=True)
+    return {**held, "batch_size": B, "per_image": slope, "largest": largest}
+
+
+def bench_memory(given, config):
+    """Does it fit? Needs neither a GPU nor its memory."""
+    if config.shard or config.compile:
+        raise ValueError("--bench memory counts neither --shard nor --compile")
+    return {stage: bench_stage_memory(stage, given)
+            for stage in (STAGES if config.stage == "all" else (config.stage,))}
+
+
 BENCHES = {"augvae": bench_augvae, "codebook": bench_codebook, "biart": bench_biart, "data": bench_data}
 
 
 def run_bench(given, config):
-    if config.bench not in BENCHES:
-        raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}")
+    if config.bench not in (*BENCHES, "memory"):
+        raise ValueError(f"--bench {config.bench!r} is none of: {', '.join(BENCHES)}, memory")
+    if config.bench == "memory":
+        measured = bench_memory(given, config)
+        return print(json.dumps(measured)) if config.json else None
     context = Context(config.device, config.dtype, wide=True)
     before = context.peak_gb()
     measured = BENCHES[config.bench](given, context)
