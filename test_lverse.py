@@ -2363,7 +2363,7 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
         assert model.passes == 35
         for window in (4, 16, 64):  # the last is longer than the image
             assert torch.equal(model.generate(text[:4], "image", n=2, window=window, **options), one_by_one)
-            assert model.passes <= 25
+            assert model.passes <= (12 if options == {"temperature": 0} else 34)
     captions = model.generate(image, "text")
     assert torch.equal(model.generate(image, "text", window=4), captions)
 
