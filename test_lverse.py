@@ -3612,20 +3612,11 @@ int cudaGetDeviceProperties_v2(int *p) { return cudaGetDeviceProperties(p); }
 """
 
 
-def places(masks):
-    """As many indices as a mask might hold; what is no mask stays."""
-    return [m.new_empty(m.numel() // 2, dtype=torch.long) if m is not None and m.dtype is torch.bool else m
-            for m in masks]
-
-
 class PretendedCUDA(TorchDispatchMode):
     """Every operation on tensors of "cuda" passes through here, and on to PyTorch's fake tensors."""
-    by_value = {  # what depends on values is made up; 16 is what Context's trial of bfloat16 hopes for
-        aten._local_scalar_dense.default: lambda x: {torch.bfloat16: 16.0, torch.long: 1}.get(x.dtype, 0.0),
-        aten.nonzero.default: lambda x: x.new_empty(x.numel() // 2, x.dim(), dtype=torch.long),
-        aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(minlength),
-        aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
-        aten.index_put_.default: lambda x, at, *given: aten.index_put_(x, places(at), *given)}
+    values = {torch.long: 1, torch.bfloat16: 16.0}  # 16 is what the trial of bfloat16 hopes for
+    by_value = {**train.TensorBytes.made_up,
+                aten._local_scalar_dense.default: lambda x: PretendedCUDA.values.get(x.dtype, 0.0)}
 
     def __init__(self):
         super().__init__()
@@ -3771,7 +3762,7 @@ def on_cuda(tmp_path_factory):
 
 
 def train_on_cuda(out, world, dtypes):
-    """All stages, a step in every precision, plain and with checkpointed activations; each resumes the last."""
+    """All stages, a step in every precision, plain and with checkpointed activations, resumed each time."""
     mode = pretend_cuda(world)
     given = [*MINIATURE, "--device=cuda", "--out_dir", out, "--eval_images=16", "--eval_interval=1"]
     for i, (dtype, again) in enumerate(itertools.product(dtypes, (False, True))):
@@ -3867,6 +3858,68 @@ def dtype_on_cuda(emulated):
 @pytest.mark.parametrize("emulated, dtype", [(True, "float16"), (False, "bfloat16")])
 def test_emulated_bfloat16_is_not_chosen(emulated, dtype, on_cuda):
     assert f"'dtype': torch.{dtype}" in on_cuda(dtype_on_cuda, emulated)
+
+
+MEMORY = {"preset": "released", "loss": "l2", "hidden": 64, "n_layer": 4, "vocab_size": 2048}
+
+
+def memory_on_cuda(stage, given):
+    """The most that a step holds, GB, as PyTorch's own tracker sees it."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+    pretend_cuda()
+    settings = train.Settings(stage, given, *train.configure(given, stage, *train.CONFIGS))
+    objective, batch = train.objective_and_batch(settings)
+    trainer = train.Trainer(objective, settings, train.Context("cuda", settings.train.dtype, wide=True))
+    trainer.step([batch], 0.0, train.Progress())
+    tracker = MemTracker()
+    tracker.track_external(objective, trainer.optimizer)
+    with tracker:
+        trainer.step([batch], 0.0, train.Progress())
+    return {"peak": tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]["Total"] / 2 ** 30}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not importlib.util.find_spec("torch.distributed._tools"), reason="came with torch 2.5")
+@pytest.mark.parametrize("stage, given", [
+    ("augvae_ml", {"dtype": "bfloat16"}), ("augvae_sl", {"dtype": "float32", "checkpoint_activations": True}),
+    ("biart", {"dtype": "bfloat16"}), ("biart", {"dtype": "float32", "checkpoint_activations": True})])
+def test_bench_memory_counts_what_pytorch_does(stage, given, on_cuda):
+    given = {**MEMORY, **given}
+    held = counted(stage, given)
+    peak = float(re.search(r"'peak': ([\d.]+)", on_cuda(memory_on_cuda, stage, given))[1])
+    assert held["peak"] == pytest.approx(peak, rel=0.02)
+    assert held["optimizer"] == pytest.approx(2 * held["gradients"], rel=0.1)  # AdamW's two averages
+    assert held["weights"] == pytest.approx(held["gradients"], rel=0.15) and 0 < held["activations"] < peak
+
+
+def counted(stage, given):
+    return train.count_memory(train.Settings(stage, given, *train.configure(given, stage, *train.CONFIGS)))
+
+
+def test_bench_memory_names_the_largest_batch(capsys):
+    train.main(["--bench=memory", "--stage=biart", "--preset=tiny", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])["biart"]
+    for card, batch_size in told["largest"].items():
+        free = int(card) - 1 - told["with DDP"] - told["per_image"] * (batch_size - told["batch_size"])
+        assert batch_size % 2 == 0 and -0.02 * int(card) <= free < 0.02 * int(card)
+    with pytest.raises(ValueError, match="--shard"):
+        train.main(["--bench=memory", "--shard"])
+    plain, perceptual = (counted("augvae_ml", {"preset": "tiny", "loss": s}) for s in ("l2", "lpips_l2"))
+    vgg = 14.7e6 * 4 / 2 ** 30  # of which no file is needed here
+    assert perceptual["weights"] - plain["weights"] == pytest.approx(vgg, rel=0.01)
+    assert perceptual["gradients"] == pytest.approx(plain["gradients"], rel=0.01)
+
+
+@pytest.mark.parametrize("rows, n", [(16, 1), (4, 4)])
+def test_generation_holds_one_cache(rows, n):
+    c = BiARTConfig(n_layer=4, n_head=4, n_embd=256, n_text=16, image_side=16, text_vocab=300, image_vocab=64)
+    with torch.device("meta"):
+        model = BiART(c)
+    with FakeTensorMode(allow_non_fake_inputs=True), train.TensorBytes() as tensors:
+        weights = [model.to_empty(device="cpu"), tensors.now][1]
+        model.generate(torch.zeros(rows, 16, dtype=torch.long), "image", n=n, guidance=2.0)
+    cache = c.n_layer * 2 * 2 * rows * n * (c.n_text + c.n_image) * c.n_embd * 4  # of both halves, in bytes
+    assert tensors.most - weights < 1.15 * cache
 
 
 # -----------------------------------------------------------------------------
@@ -3981,12 +4034,25 @@ def test_a_resumed_optimizer_takes_the_settings_given_now(tmp_path, monkeypatch)
     assert not any(group["fused"] for group in groups[-1])
 
 
+@pytest.mark.skipif(torch.cuda.is_available() or torch.backends.mps.is_available(), reason="there is a GPU")
+def test_auto_is_cuda_else_mps_where_a_step_works_else_the_cpu(monkeypatch):
+    assert train.Context("auto", "auto", wide=False).device.type == "cpu"
+    monkeypatch.setattr(train, "try_step", lambda device: None)
+    with pytest.raises(ValueError, match="--device 'mps' cannot be used here"):
+        train.Context("auto", "auto", wide=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match="--device 'cuda:0' cannot be used here"):
+        train.Context("auto", "auto", wide=False)
+
+
+@pytest.mark.slow
 def test_import_and_training_without_what_windows_lacks(tmp_path):
+    given = [*MINIATURE, "--stage=augvae_ml", "--max_iters=1", "--device=cpu", f"--out_dir={tmp_path}"]
     python("-c", "import sys, signal, torch\n"
            "sys.modules['resource'] = None  # so that importing it fails\n"
-           "del signal.SIGTERM\n"
-           f"import sample, train; train.main({[*MINIATURE, '--stage=augvae_ml', '--max_iters=1']} "
-           f"+ ['--out_dir', {str(tmp_path)!r}, '--device=cpu'])")
+           "number = signal.SIGTERM; del signal.SIGTERM\n"
+           "import sample, train\n"
+           f"signal.SIGTERM = number; train.main({given})")
 
 
 # -----------------------------------------------------------------------------

@@ -1328,27 +1328,27 @@ def count_memory(settings):
     context = Context("cpu", "float32", wide=True)
     context.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # float16 is as large
     context.print0 = lambda *_: None
-    as_on_cuda = {"is_cuda": lambda _: True, "find_weights": lambda *_: "", "safe_load": lpips_shapes}
-    with mock.patch.multiple(augvae, **as_on_cuda):
-        with torch.device("meta"):
-            objective, batch = objective_and_batch(settings)
-        with FakeTensorMode(allow_non_fake_inputs=True), TensorBytes() as tensors:
-            objective.to_empty(device="cpu")
-            objective.to = lambda _: objective  # it is where it should be
-            weights, batch = tensors.now, [torch.empty_like(x, device="cpu") for x in batch]
-            trainer = Trainer(objective, settings, context)
-            for p in objective.model.parameters():
-                p.grad = torch.empty_like(p)
-            trainer.optimizer.step()  # now its state is there, as in all steps but the first
-            trainer.optimizer.zero_grad()
-            objective.register_forward_hook(lambda *_: after.update(forward=tensors.now))
-            trainer.optimizer.register_step_pre_hook(lambda *_: after.update(backward=tensors.now))
-            micro_batches, tensors.most = [batch] * min(2, config.gradient_accumulation_steps), 0
-            trainer.step(micro_batches, 0.0, Progress())
-            gradients = after["backward"] - tensors.now
-            held = {"weights": weights, "gradients": gradients, "optimizer": tensors.now - weights,
-                    "activations": after["forward"] - tensors.now - gradients * (len(micro_batches) - 1),
-                    "peak": tensors.most}
+    no_files = mock.patch.multiple(augvae, find_weights=lambda *_: "", safe_load=lpips_shapes)
+    with no_files, torch.device("meta"):
+        objective, batch = objective_and_batch(settings)
+    as_on_cuda = mock.patch.object(torch.Tensor, "is_cuda", True)
+    with as_on_cuda, FakeTensorMode(allow_non_fake_inputs=True), TensorBytes() as tensors:
+        objective.to_empty(device="cpu")
+        objective.to = lambda _: objective  # it is where it should be
+        weights, batch = tensors.now, [torch.empty_like(x, device="cpu") for x in batch]
+        trainer = Trainer(objective, settings, context)
+        for p in objective.model.parameters():
+            p.grad = torch.empty_like(p)
+        trainer.optimizer.step()  # now its state is there, as in all steps but the first
+        trainer.optimizer.zero_grad()
+        objective.register_forward_hook(lambda *_: after.update(forward=tensors.now))
+        trainer.optimizer.register_step_pre_hook(lambda *_: after.update(backward=tensors.now))
+        micro_batches, tensors.most = [batch] * min(2, config.gradient_accumulation_steps), 0
+        trainer.step(micro_batches, 0.0, Progress())
+        gradients = after["backward"] - tensors.now
+        held = {"weights": weights, "gradients": gradients, "optimizer": tensors.now - weights,
+                "activations": after["forward"] - tensors.now - gradients * (len(micro_batches) - 1),
+                "peak": tensors.most}
     return {name: n / 2 ** 30 for name, n in held.items()}
 
 
@@ -1370,9 +1370,9 @@ def bench_stage_memory(stage, given, cards=(16, 32, 40, 80)):
         largest[gb] = max(n, 0)
     how = "float32" if config.dtype == "float32" else "16 bits"
     how += ", --checkpoint_activations" * config.checkpoint_activations
-    print(f"{stage}, {how}, --batch_size {B}: "
-          + ", ".join(f"{name} {size:.2f}" for name, size in held.items()) + f" GB, {slope:.2f} GB an image\n  "
-          "largest --batch_size: " + ", ".join(f"{n} on {gb} GB" for gb, n in largest.items()), flush=True)
+    parts = ", ".join(f"{name} {gb:.2f}" for name, gb in held.items())
+    print(f"{stage}, {how}, --batch_size {B}: {parts} GB, {slope:.2f} an image\n  largest --batch_size: "
+          + ", ".join(f"{n} on {gb} GB" for gb, n in largest.items()), flush=True)
     return {**held, "batch_size": B, "per_image": slope, "largest": largest}
 
 
