@@ -1081,7 +1081,7 @@ class Log:
 # What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes
 # are the released ones, or fixed ones to compare by, unless given on the command line; presets have no say.
 
-def timed(step, context, unit, units, rounds=5):
+def timed(step, context, unit, units, rounds=3):
     """Seconds that step() takes, after a call for warm-up, and its share of the fastest the device can do."""
     with FlopCounterMode(display=False) as counter:
         step()
@@ -1094,21 +1094,30 @@ def timed(step, context, unit, units, rounds=5):
             "gflop_in_products": flops / 1e9, "share_of_peak": flops / median / peak}
 
 
-def timed_training(objective, config, context, batch, size, unit, units, rounds=5):
-    """A step of training as train() does it, on the same batch of so many units again and again."""
-    trainer = Trainer(objective, Settings("bench", {}, config, None, None, None), context)
-    n = config.gradient_accumulation_steps
-    micro_batches = [context.to_device(batch)] * n
-    return {"size": size, **timed(lambda: trainer.step(micro_batches, config.learning_rate, Progress()),
-                                  context, unit, units * n, rounds)}
+def objective_and_batch(settings):
+    """What a stage trains, and a batch of noise for it, without a run that came before."""
+    config, B = settings.train, settings.train.batch_size
+    if settings.stage == "biart":
+        c = replace(settings.biart, text_vocab=config.vocab_size, image_side=config.token_grid,
+                    image_vocab=settings.augvae.codebook_size)
+        text, image = (torch.randint(0, c.vocab(name), (B, c.length(name))) for name in ("text", "image"))
+        return BiARTObjective(BiART(c), None, None), [text, image, torch.zeros(B, dtype=torch.bool)]
+    vae, side = AugVAE(settings.augvae), settings.augvae.image_size
+    if settings.stage == "augvae_sl":
+        vae = vae.single_level(config.token_grid)
+    return AugVAEObjective(vae, config), [torch.rand(B, 3, side, side) * 2 - 1]
 
 
-def bench_augvae(given, context):
-    """A training step of AugVAE-ML; released: 256 pixels, 2 images."""
-    config, sizes = from_values(TrainConfig, {"batch_size": 2, **given}), from_values(AugVAEConfig, given)
-    images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
-    return timed_training(AugVAEObjective(AugVAE(sizes), config), config, context, [images],
-                          list(images.shape), "images", len(images), rounds=3)
+def bench_training(stage, given, context, **defaults):
+    """A step of training as train() does it, on the same 2 samples again and again."""
+    values = {"batch_size": 2, **defaults, **given}
+    settings = Settings(stage, given, *(from_values(cls, values) for cls in CONFIGS))
+    config, (objective, batch) = settings.train, objective_and_batch(settings)
+    trainer = Trainer(objective, settings, context)
+    micro_batches = [context.to_device(batch)] * config.gradient_accumulation_steps
+    found = timed(lambda: trainer.step(micro_batches, config.learning_rate, Progress()),
+                  context, "images", config.batch_size * config.gradient_accumulation_steps)
+    return {**found, "size": [list(x.shape) for x in batch]}
 
 
 def bench_codebook(given, context):
@@ -1122,19 +1131,9 @@ def bench_codebook(given, context):
         (z_q.sum() + loss).backward()
         codebook.collect(z, codes)
         codebook.update()
+
     n = len(z) * 64 * 64
     return {**timed(step, context, "vectors", n), "size": [n, sizes.codebook_dim, sizes.codebook_size]}
-
-
-def bench_biart(given, context):
-    """A training step of BiART, 12 layers of 512, on 64 + 1024 tokens, 2 samples: one each way."""
-    config = from_values(TrainConfig, {"batch_size": 2, **given})
-    model = BiART(from_values(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
-    c, B, T = model.config, config.batch_size, model.config.n_text + model.config.n_image
-    batch = [torch.randint(0, c.end_token, (B, c.n_text)), torch.randint(0, c.image_vocab, (B, c.n_image)),
-             torch.zeros(B, dtype=torch.bool)]
-    return timed_training(BiARTObjective(model, None, None), config, context, batch,
-                          [c.n_layer, c.n_embd, T, B], "tokens", B * T)
 
 
 def photograph(width, height):
@@ -1172,7 +1171,9 @@ def bench_data(_given, _context, size=256, rounds=7,
     return {"median_s": 1 / next(iter(medians.values()))["ours"], "size": size, "images_s": medians}
 
 
-BENCHES = {"augvae": bench_augvae, "codebook": bench_codebook, "biart": bench_biart, "data": bench_data}
+BENCHES = {"augvae": functools.partial(bench_training, "augvae_ml"), "codebook": bench_codebook,
+           "biart": functools.partial(bench_training, "biart", n_layer=12, n_head=8, n_embd=512,
+                                      vocab_size=49408), "data": bench_data}
 
 
 def run_bench(given, config):
