@@ -3121,14 +3121,15 @@ def test_sampling_refuses_data_without_captions(finished, tmp_path):
 @pytest.mark.slow
 def test_bench_data_measures_both(capsys, monkeypatch):
     monkeypatch.setitem(train.BENCHES, "data", lambda given, context: bench_data(
-        given, context, rounds=1, seconds=0.0, sources=((300, 200, 2), (400, 500, 1))))
+        given, context, rounds=1, sources=((300, 200, 2), (400, 500, 1))))
     bench_data = train.bench_data
     train.main(["--bench=data", "--json"])
     *lines, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
     assert {"median_s", "peak_gb", "device", "dtype", "size"} <= set(found) and found["median_s"] > 0
-    assert len(lines) == 3 and len(found["images_s"]) == 2
-    assert all("torchvision" in line for line in lines[:2])
+    assert len(lines) == len(found) and len(found["images_s"]) == 2
+    assert all(set(rates) == {"ours", "torchvision"} and min(rates.values()) > 0
+               for rates in found["images_s"].values())
 
 
 @pytest.mark.slow

@@ -18,28 +18,25 @@ A run lives in --out_dir: {stage}.pt (checkpoint), {stage}.csv and {stage}_loss.
 """
 import argparse
 import contextlib
-import csv
-import dataclasses
 import datetime
 import difflib
 import functools
 import glob
 import hashlib
 import inspect
-import io
 import json
 import math
 import os
 import random
 import re
-import shutil
 import signal
 import statistics
 import sys
 import tempfile
 import time
+import timeit
 import weakref
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
 from unittest import mock
 
@@ -49,9 +46,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from PIL import Image, ImageDraw
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.nn.parallel import DistributedDataParallel as DDP
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
@@ -186,13 +182,14 @@ class Progress:
     skipped_in_a_row: int = 0
     val_loss: float = None  # at this very step, or None where it has not been evaluated
     val_losses: list = field(default_factory=list)  # all of them
+    rows: list = field(default_factory=list)  # of the log
 
 
 def train(settings):
     """Train one stage from its beginning or, with --resume, from its last good checkpoint, to the end."""
     stage, config = settings.stage, settings.train
-    context = Context(config.device, config.dtype, settings.wide)
     path, bad_images = settings.path(".pt"), settings.path("_bad_images.log")
+    context = Context(config.device, config.dtype, settings.wide)
     saved, saved_step = latest_checkpoint(path, stage, context.print0) if config.resume else (None, None)
     progress = Progress(**saved["progress"]) if saved else Progress()
 
@@ -201,26 +198,26 @@ def train(settings):
     schedule = Schedule(config, context.world, len(train_set))
     if saved and progress.step >= schedule.max_iters:
         return context.print0(f"{stage}: done already, {progress.step} steps")
+    if progress.samples_per_step not in (0, schedule.samples_per_step):
+        context.print0(f"from now on {schedule.samples_per_step} images a step instead of "
+                       f"{progress.samples_per_step}; the order of the data goes on where it was")
+    progress.samples_per_step = schedule.samples_per_step
 
     # The model, on all ranks the same
     torch.manual_seed(config.seed)
     prepare = prepare_biart if stage == "biart" else prepare_augvae
     objective, train_view, val_view = prepare(settings, train_set, val_set, context)
     context.print0(f"{stage}: {sum(p.numel() for p in objective.model.parameters()) / 1e6:.2f} M parameters, "
-                   f"{len(train_view):,} training images, {schedule.samples_per_step} images a step on "
+                   f"{len(train_view):,} training images, {progress.samples_per_step} images a step on "
                    f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
     trainer = Trainer(objective, settings, context, saved)
-    if progress.samples_per_step not in (0, schedule.samples_per_step):
-        context.print0(f"from now on {schedule.samples_per_step} images a step instead of "
-                       f"{progress.samples_per_step}; the order of the data goes on where it was")
-    progress.samples_per_step, saved = schedule.samples_per_step, None  # which frees its memory
+    del saved
 
-    val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
     batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
                            rank=context.rank, world=context.world, workers=settings.data.workers,
                            shuffle_buffer=settings.data.shuffle_buffer, log=bad_images)
-    log = Log(settings.path(""), objective.parts, progress, schedule, context)
-    stopping = False
+    val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
+    log, stopping = Log(settings.path(""), objective.parts, progress, schedule, context), False
     with Signals() as signals:
         while True:
             due = progress.step % config.eval_interval == 0 or progress.step == schedule.max_iters
@@ -239,15 +236,15 @@ def train(settings):
             began = time.time()
             micro_batches = (next(batches) for _ in range(config.gradient_accumulation_steps))
             stopping = trainer.step(micro_batches, lr, progress, signals)
-            progress.samples += progress.samples_per_step
             log.busy += time.time() - began
             if progress.skipped_in_a_row == 20:
                 raise ValueError(f"20 steps in a row, up to step {progress.step}, gave no finite loss and "
                                  f"gradient; {path} holds step {saved_step}, from before")
     if stopping or signals.number:
         raise Stopped(f"{stage} stopped at step {progress.step}, saved to {path}; "
-                      "--resume goes on from there", signals.number or 15)
-    context.print0(f"{stage}: {log.summary(progress)}, saved to {path}")
+                      "--resume goes on from there", 128 + (signals.number or signal.SIGTERM))
+    context.print0(f"{stage}: {progress.step - log.start} steps in {time.time() - log.began:.0f} s, "
+                   f"saved to {path}")
     faults = data.count_read_errors(bad_images)
     if faults:
         context.print0(f"{stage}: {faults:,} files could not be read or were damaged: "
@@ -256,17 +253,18 @@ def train(settings):
 
 def open_datasets(settings, context, fresh):
     """-> the training data, and the part of the validation data that is looked at."""
-    bad_images, world = settings.path("_bad_images.log"), context.world
-    os.makedirs(settings.train.out_dir, exist_ok=True)
+    config, bad_images = settings.train, settings.path("_bad_images.log")
+    os.makedirs(config.out_dir, exist_ok=True)
     if fresh and context.rank == 0 and os.path.exists(bad_images):
         os.remove(bad_images)
     context.barrier()
     train_set, val_set = (data.open_data(settings.data, split, bad_images) for split in ("train", "val"))
     if settings.stage == "biart" and not (train_set.captioned and val_set.captioned):
         raise ValueError(f"--stage biart needs captions, and --data {settings.data.data} has none here")
-    val_set = data.validation_subset(val_set, settings.train.eval_images, bad_images)
-    if min(len(train_set), len(val_set)) < world:
-        raise ValueError(f"{min(len(train_set), len(val_set))} images are too few for {world} ranks")
+    val_set = data.validation_subset(val_set, config.eval_images, bad_images)
+    n = min(len(train_set), len(val_set))
+    if n < context.world:
+        raise ValueError(f"{n} images are too few for {context.world} ranks")
     return train_set, val_set
 
 
@@ -277,8 +275,8 @@ def validation_batches(view, batch_size, context, copies):
     """
     items = [view.item(i, random.Random(i)) for i in range(context.rank, len(view), context.world)
              for _ in range(copies)]
-    batches = [(torch.utils.data.default_collate(items[i:i + batch_size]), len(items[i:i + batch_size]))
-               for i in range(0, len(items), batch_size)]
+    parts = [items[i:i + batch_size] for i in range(0, len(items), batch_size)]
+    batches = [(torch.utils.data.default_collate(part), len(part)) for part in parts]
     most = math.ceil(math.ceil(len(view) / context.world) * copies / batch_size)
     return batches + [(batches[0][0], 0)] * (most - len(batches))
 
@@ -292,7 +290,7 @@ def evaluate(objective, batches, context, picture):
         with context.autocast():
             loss, _ = objective(*context.to_device(batch))
         total += torch.stack([loss.float(), torch.ones_like(loss, dtype=torch.float)]) * weight
-    total = context.all_reduce(total)
+    context.all_reduce(total)
     with context.autocast():  # on all ranks: a sharded model needs all of them
         drawn = objective.picture(*context.to_device(batches[0][0]))
     if context.rank == 0:
@@ -326,16 +324,16 @@ class Schedule:
 
 
 def count_plateaus(losses):
-    """How often the learning rate is halved after such validation losses, as the release does it."""
+    """How often the validation loss has stopped falling, by the release's measure."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    plateau = ReduceLROnPlateau(optimizer, factor=0.5, patience=10, cooldown=10, eps=0)
+    halve = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "min", 0.5, patience=10, cooldown=10, eps=0)
     for loss in losses:
-        plateau.step(loss)
+        halve.step(loss)
     return -round(math.log2(optimizer.param_groups[0]["lr"]))
 
 
 class Stopped(Exception):
-    """A signal asked for the end; args: what to say, the signal's number."""
+    """A signal asked for the end; args: what to say, the program's exit status."""
 
 
 class Signals:
@@ -358,15 +356,13 @@ class Signals:
             signal.signal(number, handler)
 
 
-# -----------------------------------------------------------------------------
-# One step
-
 class Trainer:
     """An objective on its device, wrapped for DDP, FSDP or torch.compile, with what a step needs."""
 
     def __init__(self, objective, settings, context, saved=None):
         self.objective, self.settings, self.context = objective, settings, context
         config, model = settings.train, objective.model
+        sharded = config.shard and settings.stage == "biart"
         if saved:
             for key, value in self.identity().items():
                 if saved[key] != value:
@@ -376,7 +372,7 @@ class Trainer:
         objective.to(context.device).train()
         if config.checkpoint_activations:
             checkpoint_activations(model)
-        if settings.sharded:
+        if sharded:
             shard(model)
         self.optimizer = make_optimizer(model, config, context)
         grad_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # the first from 2.3 on
@@ -391,12 +387,12 @@ class Trainer:
         if config.compile:  # a compiled search for codes would not see that it asks for full float32
             Codebook.nearest = torch.compiler.disable(Codebook.nearest)
         self.wrapped = torch.compile(objective) if config.compile else objective
-        if context.world > 1 and not settings.sharded:
-            self.wrapped = DistributedDataParallel(self.wrapped, broadcast_buffers=False)
+        if context.world > 1 and not sharded:
+            self.wrapped = DDP(self.wrapped, broadcast_buffers=False)
 
     def identity(self):
         """What a checkpoint must agree in with the present settings."""
-        return {**self.objective.parents, "config": dataclasses.asdict(self.objective.model.config)}
+        return {**self.objective.parents, "config": asdict(self.objective.model.config)}
 
     def save(self, progress, saved_step):
         """Write all that --resume needs. saved_step: that of the checkpoint there, if it is of this run."""
@@ -405,7 +401,7 @@ class Trainer:
             "stage": self.settings.stage, "settings": dict(self.settings.given), **self.identity(),
             "model": full_state_dict(model.state_dict(), rank),
             "optimizer": full_state_dict(self.optimizer.state_dict(), rank),
-            "scaler": self.scaler.state_dict(), "progress": dataclasses.asdict(progress),
+            "scaler": self.scaler.state_dict(), "progress": asdict(progress),
             "random": self.context.random_states()}
         if rank == 0:  # at step 0, older ones are of a run over which --overwrite starts this one
             save_checkpoint(self.settings.path(".pt"), content, saved_step,
@@ -421,7 +417,7 @@ class Trainer:
         context, config, total, parts = self.context, self.settings.train, 0.0, {}
         n = config.gradient_accumulation_steps
         for i, batch in enumerate(micro_batches):
-            last = i == n - 1 or not isinstance(self.wrapped, DistributedDataParallel)
+            last = i == n - 1 or not isinstance(self.wrapped, DDP)
             with contextlib.nullcontext() if last else self.wrapped.no_sync():
                 with context.autocast():
                     loss, parts = self.wrapped(*context.to_device(batch))
@@ -432,9 +428,8 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
         # Summed over ranks, so that all take the same turn: the mean loss, and whether anyone caught a signal
-        caught = float(signals is not None and signals.number > 0)
-        status = torch.stack([total.float() / context.world, torch.tensor(caught, device=total.device)])
-        loss, stopping = context.all_reduce(status).tolist()
+        caught = torch.tensor(float(bool(signals and signals.number)), device=total.device)
+        loss, stopping = context.all_reduce(torch.stack([total.float() / context.world, caught])).tolist()
         skipped = not (math.isfinite(loss) and math.isfinite(norm))
         if not skipped:
             for group in self.optimizer.param_groups:
@@ -444,6 +439,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         parts = {**parts, **self.objective.after_step(skipped)}
         progress.step, progress.val_loss = progress.step + 1, None
+        progress.samples += progress.samples_per_step
         progress.loss, progress.loss_max = loss, max(progress.loss_max, loss)
         progress.grad_norm, progress.parts = norm, {name: float(value) for name, value in parts.items()}
         progress.skipped += skipped
@@ -545,7 +541,7 @@ def prepare_biart(settings, train_set, val_set, context):
                          "--stage augvae_sl makes it of that")
     tokenizer = prepare_tokenizer(settings, train_set, context)
     parents = {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
-    biart_config = dataclasses.replace(
+    biart_config = replace(
         settings.biart, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
         image_vocab=vae.config.codebook_size, image_side=vae.config.single_level)
 
@@ -555,9 +551,9 @@ def prepare_biart(settings, train_set, val_set, context):
             return vae.encode(images.to(context.device))[0].flatten(1)
 
     def view(split, dataset, crops, null_prob):
-        source = data.TokenCacheSource(dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops,
-                                       settings.data.crop_scale, settings.path("_bad_images.log"),
-                                       settings.data.workers)
+        source = data.TokenCacheSource(
+            dataset, tokenizer, biart_config.n_text, vae.config.image_size, crops, settings.data.crop_scale,
+            settings.path("_bad_images.log"), settings.data.workers)
         folder = os.path.join(config.cache_tokens or os.path.join(config.out_dir, "tokens"), split)
         data.build_token_cache(source, encode, folder, parents, not config.cache_tokens, context.rank,
                                context.world, lambda x: context.all_reduce(x.to(context.device)).cpu())
@@ -569,24 +565,20 @@ def prepare_biart(settings, train_set, val_set, context):
 
 
 def read_augvae(name, settings):
-    """
-    The AugVAE of --init_from, or else the one that the stage of that name left in out_dir.
-    Raises ValueError where it contradicts what was asked for.
-    """
-    path = settings.train.init_from or os.path.join(settings.train.out_dir, f"{name}.pt")
-    if not os.path.exists(path) and not settings.train.init_from:
-        raise ValueError(f"there is no checkpoint {path}: `train.py --stage {name}` makes it")
-    vae = load_augvae(path)
+    """That of --init_from, else of this stage in out_dir. ValueError where it contradicts what was given."""
+    given, own = settings.train.init_from, os.path.join(settings.train.out_dir, f"{name}.pt")
+    vae = load_augvae(given) if given else build_model(AugVAE, AugVAEConfig, load_checkpoint(own, name))
     side = vae.config.single_level or settings.train.token_grid
-    for key, value in {**dataclasses.asdict(vae.config), "token_grid": side}.items():
+    for key, value in {**asdict(vae.config), "token_grid": side}.items():
         if settings.given.get(key, value) != value:
-            raise ValueError(f"--{key} {settings.given[key]} contradicts {path}, which has {value}")
+            raise ValueError(f"--{key} {settings.given[key]} contradicts {given or own}, which has {value}")
     return vae
 
 
 def prepare_tokenizer(settings, train_set, context):
     """The run's own with --resume, or that of --tokenizer, or a new one of all training captions."""
-    config, path, began = settings.train, os.path.join(settings.train.out_dir, "tokenizer.json"), time.time()
+    config, began = settings.train, time.time()
+    path = os.path.join(config.out_dir, "tokenizer.json")
     tokenizer = Tokenizer.load(config.tokenizer) if config.tokenizer else None
     if config.resume and os.path.exists(path):
         own = Tokenizer.load(path)
@@ -620,23 +612,15 @@ class Settings(NamedTuple):
         return os.path.join(self.train.out_dir, f"{self.stage}{ending}")
 
     @property
-    def wide(self):
-        """Whether the model is so wide that bfloat16 on a CPU gains more than autocast's casts cost."""
+    def wide(self):  # enough for bfloat16 to gain more on a CPU than its casts cost
         return self.biart.n_embd >= 512 if self.stage == "biart" else self.augvae.hidden >= 64
-
-    @property
-    def sharded(self):
-        return self.train.shard and self.stage == "biart"
 
 
 CONFIGS = TrainConfig, DataConfig, AugVAEConfig, BiARTConfig
 
 
 def configure(given, stage, *classes):
-    """
-    Settings of one stage, an instance of each class: its defaults < the preset's < what was given.
-    Raises ValueError where one is outside its class's `limits` (intervals) or none of its `choices`.
-    """
+    """An instance of each class for a stage. ValueError outside of its `limits` (intervals) and `choices`."""
     return [from_values(cls, {**preset_values(given, stage), **given}) for cls in classes]
 
 
@@ -649,30 +633,25 @@ def preset_values(given, stage):
 
 def from_values(cls, values):
     """A config class with those of its fields that are among the values, checked."""
-    names = {f.name for f in dataclasses.fields(cls)}
+    names = {f.name for f in fields(cls)}
     values = {name: value for name, value in values.items() if name in names}
     for name, value in values.items():
         choices, interval = (getattr(cls, kind, {}).get(name) for kind in ("choices", "limits"))
         if choices and value not in choices:
             raise ValueError(f"--{name} {value!r} is none of: {', '.join(choices)}")
-        for number in value if isinstance(value, tuple) else [value] if interval else []:
-            if interval and not in_interval(number, interval):
-                raise ValueError(f"--{name} {number} is not in {interval}")
+        if interval and not in_interval(value, interval):
+            raise ValueError(f"--{name} {value} is not in {interval}")
     return cls(**values)
 
 
 def in_interval(value, interval):
     """(0.5, "(0, 1]") -> True. A bracket includes its end, a parenthesis does not; NaN is in none."""
     low, high = (float(end) for end in interval[1:-1].split(","))
-    closed = {low} if interval[0] == "[" else set()
-    return low < value < high or value in closed | ({high} if interval[-1] == "]" else set())
+    return low < value < high or value == low and interval[0] == "[" or value == high and interval[-1] == "]"
 
 
 class Parser(argparse.ArgumentParser):
-    """
-    `--name value` and `--name=value` for every field of some dataclasses; what is not given stays out of the
-    result. The help is their source: the comment behind a field; one on a line of its own begins a group.
-    """
+    """`--name value` for each field of some dataclasses; help and its groups are the comments around it."""
 
     def __init__(self, classes, defaults, **kwargs):
         super().__init__(usage="%(prog)s [--setting value ...]", allow_abbrev=False, **kwargs,
@@ -680,17 +659,16 @@ class Parser(argparse.ArgumentParser):
                              prog, max_help_position=38, width=170))
         for cls in classes:
             group = self.add_argument_group(cls.__name__.removesuffix("Config"))
-            fields = {f.name: f for f in dataclasses.fields(cls) if not f.metadata.get("derived")}
+            wanted = {f.name: f for f in fields(cls) if not f.metadata.get("derived")}
             for line in inspect.getsource(cls).splitlines():
                 heading = re.fullmatch("    # (.*)", line)
                 setting = re.match(r"    (\w+): [^#]*(?:# (.*))?", line)
                 if heading:
                     group = self.add_argument_group(heading[1])
-                elif setting and setting[1] in fields:
-                    name, f = setting[1], fields[setting[1]]
-                    note = f"{setting[2]} [{defaults.get(name, f.default)}]".replace("%", "%%")
-                    group.add_argument(f"--{name}", default=argparse.SUPPRESS, help=note,
-                                       **ARGUMENT_KINDS[f.type])
+                elif setting and setting[1] in wanted:
+                    f, comment = wanted[setting[1]], setting[2]
+                    note = f"{comment} [{defaults.get(f.name, f.default)}]".replace("%", "%%")
+                    group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=note, **KINDS[f.type])
 
     def settings(self, argv):
         """argv -> dict of what was given. An unknown name ends the program with the names that are valid."""
@@ -704,24 +682,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def true_or_false(text):
-    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() in ("true", "1", "yes")
+    words = "false", "no", "0", "true", "yes", "1"
+    return words.index(text.lower()) >= 3
 
 
-def int_tuple(text):
-    try:
-        return tuple(int(part) for part in text.replace(",", " ").split())
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 8,4,2") from None
+def whole_numbers(text):
+    return tuple(int(part) for part in text.replace(",", " ").split())
 
 
-ARGUMENT_KINDS = {  # how argparse reads a setting of each type
+KINDS = {  # how argparse reads a setting of each type; of a wrong value it says the function's name
     int: {"type": int, "metavar": "int"},
     float: {"type": float, "metavar": "float"},
     str: {"metavar": "text"},
     bool: {"type": true_or_false, "metavar": "bool", "nargs": "?", "const": True},
-    tuple[int, ...]: {"type": int_tuple, "metavar": "int,int,..."},
+    tuple[int, ...]: {"type": whole_numbers, "metavar": "int,int,..."},
     tuple[str, ...]: {"metavar": "text", "nargs": "+"}}
 
 
@@ -733,13 +707,11 @@ def save_checkpoint(path, checkpoint, previous=None, keep=0, best=False):
     Write a dict of tensors and plain values. `previous`, the step of the file at path, moves to a name of its
     own first, so that a whole checkpoint is always there; `keep` of those stay. The best is copied aside.
     """
-    stem = os.fspath(path).removesuffix(".pt")
+    stem, part = os.fspath(path).removesuffix(".pt"), f"{path}.part"  # one name: a kill leaves one such file
     aside = None if previous is None else f"{stem}_{previous:08d}.pt"
-    with data.atomic_write(path, aside, f"{path}.part") as f:  # one name: a kill leaves at most one such file
-        torch.save(checkpoint, f)
-    if best:
-        with open(path, "rb") as f, data.atomic_write(f"{stem}_best.pt", part=f"{path}.part") as copy:
-            shutil.copyfileobj(f, copy)
+    for name, kept_as in [(path, aside), (f"{stem}_best.pt", None)][:1 + best]:
+        with data.atomic_write(name, kept_as, part) as f:
+            torch.save(checkpoint, f)
     for old in older_checkpoints(path)[keep:]:
         os.remove(old)
 
@@ -751,10 +723,7 @@ def older_checkpoints(path):
 
 
 def latest_checkpoint(path, stage, print0=print):
-    """
-    The newest checkpoint of a stage that can be read, and its step where it is the one at path; (None, None)
-    where there is none at all. Says which it had to pass over.
-    """
+    """The newest that can be read, and its step if it is the one at path; (None, None) if there is none."""
     there = [p for p in (path, *older_checkpoints(path)) if os.path.exists(p)]
     for candidate, before in zip(there, [*there[1:], None]):
         try:
@@ -768,21 +737,15 @@ def latest_checkpoint(path, stage, print0=print):
 
 
 def load_checkpoint(path, stage):
-    """
-    The dict that save_checkpoint wrote for this stage. Nothing in the file is executed.
-    Raises ValueError where it is missing, truncated, not one of ours, or of another stage.
-    """
+    """What save_checkpoint wrote for this stage. ValueError where it is missing, damaged, or not that."""
     if not os.path.exists(path):
         raise ValueError(f"there is no checkpoint {path}: `train.py --stage {stage}` makes it")
-    return check_checkpoint(safe_load(path), path, stage)
+    return check_stage(safe_load(path), path, stage)
 
 
-def check_checkpoint(checkpoint, path, *stages):
-    """The checkpoint itself; raises ValueError where it is not ours or of none of the stages."""
-    if "stage" not in checkpoint:
-        raise ValueError(f"{path} is not a checkpoint of this project")
-    if "progress" not in checkpoint:
-        raise ValueError(f"{path} was written by an older version of this project: train it anew")
+def check_stage(checkpoint, path, *stages):
+    if not {"stage", "progress"} <= set(checkpoint):
+        raise ValueError(f"{path} is not a checkpoint of this project, or of an older version: train it anew")
     if checkpoint["stage"] not in stages:
         raise ValueError(f"{path} is a checkpoint of {checkpoint['stage']}, not of {' or '.join(stages)}")
     return checkpoint
@@ -796,14 +759,11 @@ def build_model(cls, config_cls, checkpoint):
 
 
 def load_augvae(path):
-    """
-    The AugVAE in a checkpoint of one of our AugVAE stages or a released one, in eval mode on the CPU.
-    Raises ValueError where it is neither.
-    """
+    """The AugVAE of one of our checkpoints or a released one, in eval mode on the CPU; else ValueError."""
     checkpoint = safe_load(path)
     if "state_dict" in checkpoint:  # Lightning's name
         return from_lightning(AugVAE, checkpoint, path)
-    return build_model(AugVAE, AugVAEConfig, check_checkpoint(checkpoint, path, *STAGES[:2]))
+    return build_model(AugVAE, AugVAEConfig, check_stage(checkpoint, path, *STAGES[:2]))
 
 
 def fingerprint(model):
@@ -837,11 +797,7 @@ class Context:
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))  # rank 0 tokenises alone
-        if dtype == "auto" and self.device.type == "cuda":
-            dtype = "bfloat16" if works(try_bfloat16, self.device) else "float16"
-        elif dtype == "auto":  # autocast's casts cost a small model more than its products gain
-            dtype = "bfloat16" if wide and "amx_bf16" in cpu_flags() else "float32"
-        self.dtype = getattr(torch, dtype)
+        self.dtype = getattr(torch, best_dtype(self.device, wide) if dtype == "auto" else dtype)
         if dtype == "float16" and self.device.type != "cuda" or not works(self.autocast):
             raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: float16 needs a CUDA device, "
                              "and bfloat16 a CUDA device or a CPU")
@@ -873,10 +829,9 @@ class Context:
 
     def random_states(self):
         """The generators' states on every rank, as a list."""
-        state = {name: module.get_rng_state() for name, module in self.generators().items()}
-        states = [state] * self.world
+        states = [{name: module.get_rng_state() for name, module in self.generators().items()}] * self.world
         if self.world > 1:
-            dist.all_gather_object(states, state)
+            dist.all_gather_object(states, states[self.rank])
         return states
 
     def restore_random_state(self, states):
@@ -926,28 +881,24 @@ def try_step(device):
     block(torch.ones(1, 2, 4, 4, device=device)).sum().backward()
 
 
-def try_bfloat16(device):
-    x = torch.ones(16, 16, device=device, dtype=torch.bfloat16)
-    try:
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    except TypeError:  # before torch 2.6, which counts no emulation
-        in_hardware = torch.cuda.is_bf16_supported()
-    if (x @ x)[0, 0].item() != 16 or not in_hardware:
-        raise RuntimeError("no bfloat16, or emulated")
-
-
-def try_fused_adamw(device):
+def step_fused(device):
     p = torch.ones(1, device=device, requires_grad=True)
     p.grad = torch.ones_like(p)
     torch.optim.AdamW([p], fused=True).step()
 
 
-def cpu_flags():
-    try:
-        with open("/proc/cpuinfo") as f:
-            return next((line.split() for line in f if line.startswith("flags")), [])
-    except OSError:
-        return []
+def best_dtype(device, wide):
+    """The fastest that the device computes in by itself; wide: the model gains more than casts cost a CPU."""
+    if device.type == "cuda":
+        try:
+            in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
+        except TypeError:  # before torch 2.6, which counts no emulation
+            in_hardware = torch.cuda.is_bf16_supported()
+        return "bfloat16" if in_hardware else "float16"
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        if wide and "amx_bf16" in f.read():
+            return "bfloat16"
+    return "float32"
 
 
 # -----------------------------------------------------------------------------
@@ -1003,15 +954,14 @@ def make_optimizer(model, config, context):
     counts = [sum(p.numel() for p in group["params"]) for group in groups]
     context.print0("{:,} parameters with orthogonal steps, {:,} others with weight decay, "
                    "{:,} without".format(*counts))
-    fused = works(try_fused_adamw, context.device)  # on CPUs from torch 2.4 on
+    fused = works(step_fused, context.device)  # on CPUs from torch 2.4 on
     return Muon(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=fused or None)
 
 
 def load_optimizer(optimizer, state):
     """
-    The averages of a saved state dict; of a sharded parameter, this rank's part. Learning rate, weight decay,
-    betas and whether it is fused stay as the present settings have them.
-    Raises ValueError where the state is of another optimizer.
+    Restore a saved state dict; of a sharded parameter, this rank's part. Learning rate, weight decay, betas
+    and whether it is fused stay as set now. ValueError where it is that of another optimizer.
     """
     groups = optimizer.state_dict()["param_groups"]
     if [group["params"] for group in groups] != [group["params"] for group in state["param_groups"]]:
@@ -1028,10 +978,7 @@ def load_optimizer(optimizer, state):
 
 
 def full_state_dict(tree, rank):
-    """
-    A state dict in which every sharded tensor is whole, on the CPU of rank 0; other ranks, which all must
-    ask for it too, get None for it. One tensor at a time is whole on a GPU.
-    """
+    """All ranks together, tensor by tensor: what is sharded becomes whole, on the CPU of rank 0 alone."""
     if isinstance(tree, dict):
         return {key: full_state_dict(value, rank) for key, value in tree.items()}
     if isinstance(tree, list):
@@ -1057,16 +1004,15 @@ def shard(model):
 
 def checkpoint_activations(model):
     """Blocks keep inputs alone and run again in the backward pass: less memory for a third more time."""
-    def checkpointed(forward):
-        def run(*args, **kwargs):
-            if not torch.is_grad_enabled():  # checkpoint() looks at the generator: no CUDA graph allows it
-                return forward(*args, **kwargs)
-            return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        return run
-
     for module in model.modules():
         if isinstance(module, (Block, ResBlock)):
-            module.forward = checkpointed(module.forward)
+            module.forward = functools.partial(run_again, module.forward)
+
+
+def run_again(forward, *args, **kwargs):
+    if not torch.is_grad_enabled():  # checkpoint() looks at the generator: no CUDA graph allows it
+        return forward(*args, **kwargs)
+    return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 # -----------------------------------------------------------------------------
@@ -1076,57 +1022,46 @@ class Log:
     """{stem}.csv, a row a logged step; {stem}_loss.png, drawn from it; and a line on the screen. Rank 0's."""
 
     def __init__(self, stem, parts, progress, schedule, context):
-        self.stem, self.stage = stem, os.path.basename(stem)
-        self.schedule, self.context = schedule, context
+        self.stem, self.stage, self.last = stem, os.path.basename(stem), schedule.max_iters
         self.start, self.began, self.busy = progress.step, time.time(), 0.0  # busy: seconds in steps
+        self.context, self.rows = context, progress.rows
         self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped",
                         *parts]
-        if context.rank == 0:  # what comes again after --resume is dropped
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self.columns, restval="", extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(row for row in self.rows() if int(row["step"]) < self.start)
+        self.rows[:] = [row for row in self.rows if row["step"] < self.start]  # the last comes again
+        if context.rank == 0:
             with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
-                f.write(text.getvalue().encode())
+                f.write("".join([",".join(self.columns) + "\n", *map(self.line, self.rows)]).encode())
 
-    def rows(self):
-        if not os.path.exists(f"{self.stem}.csv"):
-            return []
-        with open(f"{self.stem}.csv", newline="") as f:
-            return [row for row in csv.DictReader(f) if row["step"].isdigit()]
+    def line(self, row):
+        values = [row.get(name) for name in self.columns]
+        return ",".join("" if x is None else f"{x:.6g}" if x % 1 else f"{x:.0f}" for x in values) + "\n"
 
     def write(self, p, lr, draw=False):
         """A Progress: its loss is that of the step itself, loss_max the highest since the row before."""
+        if p.step == 0:
+            return self.context.print0(f"{self.stage} 0/{self.last} val {p.val_loss:.4f}")
+        done = p.step - self.start
+        speed = done * p.samples_per_step / self.busy if self.busy else 0.0
+        eta = int((time.time() - self.began) / max(1, done) * (self.last - p.step))
+        found = {**vars(p), **p.parts, "lr": lr, "images_per_s": speed}
+        self.rows.append({name: found[name] for name in self.columns if name in found})
+        p.loss_max = 0.0
         if self.context.rank:
             return
-        step, last, val = p.step, self.schedule.max_iters, p.val_loss
-        if step == 0:
-            print(f"{self.stage} 0/{last} val {val:.4f}", flush=True)
-            return
-        done = step - self.start
-        speed = done * self.schedule.samples_per_step / self.busy if self.busy else 0.0
-        eta = int((time.time() - self.began) / max(1, done) * (last - step))
-        row = [step, f"{p.loss:.6g}", "" if val is None else f"{val:.6g}", f"{lr:.4g}", f"{speed:.1f}",
-               f"{p.loss_max:.6g}", f"{p.grad_norm:.4g}", p.skipped]
-        row += [f"{p.parts[name]:.5g}" if name in p.parts else "" for name in self.columns[len(row):]]
         with open(f"{self.stem}.csv", "a", newline="") as f:
-            csv.writer(f).writerow(row)
-        print(f"{self.stage} {step}/{last} loss {p.loss:.4f} "
+            f.write(self.line(self.rows[-1]))
+        print(f"{self.stage} {p.step}/{self.last} loss {p.loss:.4f} "
               + " ".join(f"{name} {value:.4g}" for name, value in p.parts.items())
               + (f" | skipped {p.skipped}" if p.skipped else "")
-              + (f" | val {val:.4f}" if val is not None else "")
+              + (f" | val {p.val_loss:.4f}" if p.val_loss is not None else "")
               + f" | lr {lr:.1e} | {speed:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
-        p.loss_max = 0.0
         if draw:
             self.draw()
 
-    def summary(self, progress):
-        return f"{progress.step - self.start} steps in {time.time() - self.began:.0f} s"
-
     def draw(self, width=640, height=360, margin=50, scale=3):
         """Training loss (grey) and validation loss (red), logarithmic; drawn larger and reduced."""
-        curves = [(name, colour, [(int(r["step"]), math.log10(float(r[name]))) for r in self.rows()
-                                  if r[name] and 0 < float(r[name]) < math.inf])
+        curves = [(name, colour, [(row["step"], math.log10(row[name])) for row in self.rows
+                                  if row[name] is not None and 0 < row[name] < math.inf])
                   for name, colour in (("loss", (150, 150, 160)), ("val_loss", (214, 48, 49)))]
         points = [point for _, _, curve in curves for point in curve]
         if not points:
@@ -1158,36 +1093,43 @@ class Log:
 # What --bench measures; every function returns "median_s" of a step, "size", and what else it found. Sizes
 # are the released ones, or fixed ones to compare by, unless given on the command line; presets have no say.
 
-def timed(step, context, unit, units, rounds=5):
-    """Median time of step(), after one call for warm-up, and what it is of the fastest the device can do."""
+def timed(step, context, unit, units, rounds=3):
+    """Seconds that step() takes, after a call for warm-up, and its share of the fastest the device can do."""
     with FlopCounterMode(display=False) as counter:
         step()
     seconds = [context.timeit(step) for _ in range(rounds)]
     median, n = statistics.median(seconds), 8192 if context.device.type == "cuda" else 2048
     a = torch.randn(n, n, device=context.device, dtype=context.dtype)
-    peak = 2 * n ** 3 / min(context.timeit(lambda: a @ a) for _ in range(10))
+    peak = 2 * n ** 3 / min(context.timeit(lambda: a @ a) for _ in range(10))  # of one large product
     flops = counter.get_total_flops()
-    print(f"{median:.3f} s a step ({min(seconds):.3f} to {max(seconds):.3f}), "
-          f"{units / median:,.1f} {unit}/s, {flops / 1e9:,.0f} GFLOP in products, "
-          f"{flops / median / peak:.0%} of what one large product reaches", flush=True)
     return {"median_s": median, "min_s": min(seconds), "max_s": max(seconds), f"{unit}_per_s": units / median,
-            "share_of_peak": flops / median / peak}
+            "gflop_in_products": flops / 1e9, "share_of_peak": flops / median / peak}
 
 
-def training_step(objective, config, context, batch):
-    """A step of training as train() does it, on the same batch again and again."""
-    trainer = Trainer(objective, Settings("bench", {}, config, None, None, None), context)
+def objective_and_batch(settings):
+    """What a stage trains, and a batch of noise for it, without a run that came before."""
+    config, B = settings.train, settings.train.batch_size
+    if settings.stage == "biart":
+        c = replace(settings.biart, text_vocab=config.vocab_size, image_side=config.token_grid,
+                    image_vocab=settings.augvae.codebook_size)
+        text, image = (torch.randint(0, c.vocab(name), (B, c.length(name))) for name in ("text", "image"))
+        return BiARTObjective(BiART(c), None, None), [text, image, torch.zeros(B, dtype=torch.bool)]
+    vae, side = AugVAE(settings.augvae), settings.augvae.image_size
+    if settings.stage == "augvae_sl":
+        vae = vae.single_level(config.token_grid)
+    return AugVAEObjective(vae, config), [torch.rand(B, 3, side, side) * 2 - 1]
+
+
+def bench_training(stage, given, context, **defaults):
+    """A step of training as train() does it, on the same 2 samples again and again."""
+    values = {"batch_size": 2, **defaults, **given}
+    settings = Settings(stage, given, *(from_values(cls, values) for cls in CONFIGS))
+    config, (objective, batch) = settings.train, objective_and_batch(settings)
+    trainer = Trainer(objective, settings, context)
     micro_batches = [context.to_device(batch)] * config.gradient_accumulation_steps
-    return lambda: trainer.step(micro_batches, config.learning_rate, Progress())
-
-
-def bench_augvae(given, context):
-    """A training step of AugVAE-ML; released: 256 pixels, 2 images."""
-    config, sizes = from_values(TrainConfig, {"batch_size": 2, **given}), from_values(AugVAEConfig, given)
-    images = torch.rand(config.batch_size, 3, sizes.image_size, sizes.image_size) * 2 - 1
-    step = training_step(AugVAEObjective(AugVAE(sizes), config), config, context, [images])
-    return {**timed(step, context, "images", len(images) * config.gradient_accumulation_steps, rounds=3),
-            "size": list(images.shape)}
+    found = timed(lambda: trainer.step(micro_batches, config.learning_rate, Progress()),
+                  context, "images", config.batch_size * config.gradient_accumulation_steps)
+    return {**found, "size": [list(x.shape) for x in batch]}
 
 
 def bench_codebook(given, context):
@@ -1201,22 +1143,9 @@ def bench_codebook(given, context):
         (z_q.sum() + loss).backward()
         codebook.collect(z, codes)
         codebook.update()
+
     n = len(z) * 64 * 64
     return {**timed(step, context, "vectors", n), "size": [n, sizes.codebook_dim, sizes.codebook_size]}
-
-
-def bench_biart(given, context):
-    """A training step of BiART, 12 layers of 512, on 64 + 1024 tokens, 2 samples: one each way."""
-    config = from_values(TrainConfig, {"batch_size": 2, **given})
-    model = BiART(from_values(BiARTConfig, {"n_layer": 12, "n_head": 8, "n_embd": 512, **given}))
-    c, B = model.config, config.batch_size
-    text = torch.randint(0, c.end_token, (B, c.n_text))
-    image = torch.randint(0, c.image_vocab, (B, c.n_image))
-    null = torch.zeros(B, dtype=torch.bool)
-    step = training_step(BiARTObjective(model, None, None), config, context, [text, image, null])
-    T = c.n_text + c.n_image
-    return {**timed(step, context, "tokens", B * T * config.gradient_accumulation_steps),
-            "size": [c.n_layer, c.n_embd, T, B]}
 
 
 def photograph(width, height):
@@ -1227,34 +1156,29 @@ def photograph(width, height):
     return Image.blend(Image.merge("RGB", (smooth, *turned)), grain, 0.1)
 
 
-def bench_data(_given, _context, size=256, rounds=7, seconds=0.5,
+def rate(read, n):
+    """Calls of read(0) to read(n - 1) in a second of this core's time."""
+    rounds, seconds = timeit.Timer(lambda: [read(i) for i in range(n)], timer=time.process_time).autorange()
+    return rounds * n / seconds
+
+
+def bench_data(_given, _context, size=256, rounds=7,
                sources=((500, 375, 32), (2048, 1536, 8), (4032, 3024, 2))):
-    """
-    Images/s of one core, by its time: JPEG file -> random crop -> tensor, here, and by torchvision's
-    ImageFolder, RandomResizedCrop and ToTensor on the same files in turns; medians of the rounds.
-    """
+    """Images/s of one core, JPEG file to random crop, here and by torchvision in turns; medians of rounds."""
     from torchvision import datasets, transforms  # which nothing else here needs
     usual = transforms.Compose([transforms.RandomResizedCrop(size), transforms.ToTensor()])
     threads, rng, medians = torch.get_num_threads(), random.Random(0), {}
     torch.set_num_threads(1)
-    for width, height, count in sources:
+    for width, height, n in sources:
         with tempfile.TemporaryDirectory() as folder:
             os.mkdir(os.path.join(folder, "class"))
-            for i in range(count):
+            for i in range(n):
                 photograph(width, height).save(os.path.join(folder, "class", f"{i}.jpg"), quality=90)
             ours = functools.partial(data.Pixels(data.read_folder(folder), size, 0.75).item, rng=rng)
-            readers = {"ours": ours, "torchvision": datasets.ImageFolder(folder, usual).__getitem__}
-            rates = {name: [] for name in readers}
-            for _ in range(rounds):
-                for name, read in readers.items():
-                    began, done = time.process_time(), 0
-                    while time.process_time() - began < seconds or done < count:
-                        read(done % count)
-                        done += 1
-                    rates[name].append(done / (time.process_time() - began))
-        medians[f"{width}x{height}"] = m = {name: statistics.median(rate) for name, rate in rates.items()}
-        print(f"{width} x {height} JPEG to {size} x {size}: {m['ours']:.0f} images/s per core, torchvision "
-              f"{m['torchvision']:.0f}, {m['ours'] / m['torchvision']:.2f} times as many", flush=True)
+            theirs = datasets.ImageFolder(folder, usual).__getitem__
+            rates = [(rate(ours, n), rate(theirs, n)) for _ in range(rounds)]
+        a, b = (statistics.median(column) for column in zip(*rates))
+        medians[f"{width}x{height}"] = {"ours": a, "torchvision": b}
     torch.set_num_threads(threads)
     return {"median_s": 1 / next(iter(medians.values()))["ours"], "size": size, "images_s": medians}
 
@@ -1303,19 +1227,6 @@ def lpips_shapes(_path):
     heads = {f"lin{i}.model.1.weight": torch.empty(1, layers[tap - 1].out_channels, 1, 1)
              for i, tap in enumerate(LPIPS.taps)}
     return {**{f"features.{name}": x for name, x in layers.state_dict().items()}, **heads}
-
-
-def objective_and_batch(settings):
-    """What a stage trains, and a batch for it, without a run that came before."""
-    config, n = settings.train, settings.train.batch_size
-    if settings.stage == "biart":
-        c = dataclasses.replace(settings.biart, text_vocab=config.vocab_size, image_side=config.token_grid,
-                                image_vocab=settings.augvae.codebook_size)
-        tokens = [torch.zeros(n, length, dtype=torch.long) for length in (c.n_text, c.n_image)]
-        return BiARTObjective(BiART(c), None, None), [*tokens, torch.zeros(n, dtype=torch.bool)]
-    vae, side = AugVAE(settings.augvae), settings.augvae.image_size
-    vae = vae if settings.stage == "augvae_ml" else vae.single_level(config.token_grid)
-    return AugVAEObjective(vae, config), [torch.zeros(n, 3, side, side)]
 
 
 def count_memory(settings):
@@ -1384,7 +1295,9 @@ def bench_memory(given, config):
             for stage in (STAGES if config.stage == "all" else (config.stage,))}
 
 
-BENCHES = {"augvae": bench_augvae, "codebook": bench_codebook, "biart": bench_biart, "data": bench_data}
+BENCHES = {"augvae": functools.partial(bench_training, "augvae_ml"), "codebook": bench_codebook,
+           "biart": functools.partial(bench_training, "biart", n_layer=12, n_head=8, n_embd=512,
+                                      vocab_size=49408), "data": bench_data}
 
 
 def run_bench(given, config):
@@ -1396,9 +1309,10 @@ def run_bench(given, config):
     context = Context(config.device, config.dtype, wide=True)
     before = context.peak_gb()
     measured = BENCHES[config.bench](given, context)
-    measured.update(peak_gb=context.peak_gb() - before, device=context.device_name(),
-                    dtype=str(context.dtype)[6:])
-    print(f"{measured['peak_gb']:.2f} GB more than before at most, {measured['device']}, {measured['dtype']}")
+    measured.update(peak_gb=context.peak_gb() - before,  # more than before at most
+                    device=context.device_name(), dtype=str(context.dtype)[6:])
+    for name, value in measured.items():
+        print(f"{name}: {value:.4g}" if isinstance(value, float) else f"{name}: {value}")
     if config.json:
         print(json.dumps(measured))
 
@@ -1421,10 +1335,10 @@ def main(argv):
                          "train --stage augvae_ml, then augvae_sl")
     if config.epochs and "max_iters" in given:
         raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
-    there = [p for p in (os.path.join(config.out_dir, f"{name}.pt") for name in stages) if os.path.exists(p)]
-    if there and not (config.resume or config.overwrite):
-        raise ValueError(f"{there[0]} exists: --resume goes on with it, --overwrite starts anew, "
-                         "and another --out_dir keeps both")
+    for path in (os.path.join(config.out_dir, f"{name}.pt") for name in stages):
+        if os.path.exists(path) and not (config.resume or config.overwrite):
+            raise ValueError(f"{path} exists: --resume goes on with it, --overwrite starts anew, "
+                             "and another --out_dir keeps both")
     for name in stages:
         train(Settings(name, given, *configure(given, name, *CONFIGS)))
         given = {**given, "init_from": ""}  # the next stage begins with what this one left
@@ -1449,8 +1363,7 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         status, text = 1, error
     except Stopped as stopped:
-        text, number = stopped.args
-        status = 128 + number
+        text, status = stopped.args
     except KeyboardInterrupt:
         status, text = 1, "interrupted before training began; nothing was overwritten"
     if status:
