@@ -3879,8 +3879,12 @@ def memory_on_cuda(stage, given):
     return {"peak": tracker.get_tracker_snapshot("peak")[torch.device("cuda:0")]["Total"] / 2 ** 30}
 
 
+needs_counting = pytest.mark.skipif(not importlib.util.find_spec("torch.distributed._tools.mem_tracker"),
+                                    reason="before torch 2.5 it is not seen when memory is free again")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(not importlib.util.find_spec("torch.distributed._tools"), reason="came with torch 2.5")
+@needs_counting
 @pytest.mark.parametrize("stage, given", [
     ("augvae_ml", {"dtype": "bfloat16"}), ("augvae_sl", {"dtype": "float32", "checkpoint_activations": True}),
     ("biart", {"dtype": "bfloat16"}), ("biart", {"dtype": "float32", "checkpoint_activations": True})])
@@ -3897,6 +3901,7 @@ def counted(stage, given):
     return train.count_memory(train.Settings(stage, given, *train.configure(given, stage, *train.CONFIGS)))
 
 
+@needs_counting
 def test_bench_memory_names_the_largest_batch(capsys):
     train.main(["--bench=memory", "--stage=biart", "--preset=tiny", "--json"])
     told = json.loads(capsys.readouterr().out.splitlines()[-1])["biart"]
@@ -3911,6 +3916,7 @@ def test_bench_memory_names_the_largest_batch(capsys):
     assert perceptual["gradients"] == pytest.approx(plain["gradients"], rel=0.01)
 
 
+@needs_counting
 @pytest.mark.parametrize("rows, n", [(16, 1), (4, 4)])
 def test_generation_holds_one_cache(rows, n):
     c = BiARTConfig(n_layer=4, n_head=4, n_embd=256, n_text=16, image_side=16, text_vocab=300, image_vocab=64)

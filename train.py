@@ -1197,6 +1197,7 @@ class TensorBytes(TorchDispatchMode):
         aten._local_scalar_dense.default: lambda x: 1.0 if x.is_floating_point() else 1,
         aten.nonzero.default: lambda x: x.new_empty(x.numel() // 2, x.dim(), dtype=torch.long),
         aten.bincount.default: lambda x, weights=None, minlength=0: x.new_empty(minlength),
+        aten.rand.generator: lambda size, generator, **given: torch.empty(size, **given),  # for old torch
         aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
         aten.index_put_.default: lambda x, at, *rest: aten.index_put_(x, places(at), *rest)}
 
@@ -1242,7 +1243,7 @@ def count_memory(settings):
     no_files = mock.patch.multiple(augvae, find_weights=lambda *_: "", safe_load=lpips_shapes)
     with no_files, torch.device("meta"):
         objective, batch = objective_and_batch(settings)
-    as_on_cuda = mock.patch.object(torch.Tensor, "is_cuda", True)
+    as_on_cuda = mock.patch.multiple(torch.Tensor, is_cuda=True, tolist=lambda x: [1.0] * len(x))
     with as_on_cuda, FakeTensorMode(allow_non_fake_inputs=True), TensorBytes() as tensors:
         objective.to_empty(device="cpu")
         objective.to = lambda _: objective  # it is where it should be
@@ -1253,7 +1254,8 @@ def count_memory(settings):
         trainer.optimizer.step()  # now its state is there, as in all steps but the first
         trainer.optimizer.zero_grad()
         objective.register_forward_hook(lambda *_: after.update(forward=tensors.now))
-        trainer.optimizer.register_step_pre_hook(lambda *_: after.update(backward=tensors.now))
+        trainer.optimizer.register_step_pre_hook(  # Muon's calls AdamW's, and this again
+            lambda *_: after.update({"backward": tensors.now, **after}))
         micro_batches, tensors.most = [batch] * min(2, config.gradient_accumulation_steps), 0
         trainer.step(micro_batches, 0.0, Progress())
         gradients = after["backward"] - tensors.now
@@ -1291,6 +1293,11 @@ def bench_memory(given, config):
     """Does it fit? Needs neither a GPU nor its memory."""
     if config.shard or config.compile:
         raise ValueError("--bench memory counts neither --shard nor --compile")
+    with FakeTensorMode(), TensorBytes() as tensors:
+        torch.empty(1)
+    if tensors.now:
+        raise ValueError(f"--bench memory needs a newer torch than {torch.__version__}, which does not tell "
+                         "when a tensor's memory is free again")
     return {stage: bench_stage_memory(stage, given)
             for stage in (STAGES if config.stage == "all" else (config.stage,))}
 
