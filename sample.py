@@ -73,6 +73,7 @@ class SampleConfig:
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
     top_p: float = 0.9  # sample from the likeliest tokens that sum to this probability
     guidance: float = 1.0  # classifier-free guidance: above 1 follows the given side more closely
+    window: int = 0  # tokens a pass looks for, the same sample in fewer passes; 1: one by one, 0: the fastest
     seed: int = 0  # of an input's first sample; others count up from it, the next input's from 1000 further
     rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
     rerank_forward: float = 0.2  # share of log p(candidate | input) in that, beside log p(input | candidate)
@@ -87,10 +88,11 @@ class SampleConfig:
     lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
     download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
 
-    limits = {"keep_rows": "[0, inf)", "eval_items": "[1, inf)", "eval_pairs": "[1, inf)", "n": "[1, 1000]",
-              "batch_size": "[1, inf)", "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]",
-              "guidance": "[0, inf)", "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]",
-              "beam": "[0, inf)", "length_penalty": "[0, inf)"}
+    limits = {"window": "[0, 1024]", "keep_rows": "[0, inf)", "eval_items": "[1, inf)",
+              "eval_pairs": "[1, inf)", "n": "[1, 1000]", "batch_size": "[1, inf)",
+              "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, inf)",
+              "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "beam": "[0, inf)",
+              "length_penalty": "[0, inf)"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
@@ -145,7 +147,8 @@ class Run:
             else:
                 seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices or range(len(ref))]
                 tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
-                                             seeds=[seed for row in seeds for seed in row])
+                                             seeds=[seed for row in seeds for seed in row],
+                                             window=c.window)
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
             forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
         groups = []
@@ -733,7 +736,8 @@ def bench(config):
         """Of painting all tokens, or the last `left`."""
         codes = text.new_zeros(batch, model.config.n_image)
         prefix = codes[:, :-left] if left else None
-        times = [context.timeit(lambda: model.generate(text[:batch], "image", prefix=prefix, **settings))
+        settings = {"prefix": prefix, "window": 1, **settings}
+        times = [context.timeit(lambda: model.generate(text[:batch], "image", **settings))
                  for _ in range(4)]
         return median(times[1:])
 
@@ -748,11 +752,15 @@ def bench(config):
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
               f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows")
     guidance, image = seconds(short, 1, guidance=2.0) / one, seconds(whole, 1)
+    windows = {str(batch): one_by_one / seconds(short, batch, window=0)  # here no guess is ever right
+               for batch, one_by_one in ((1, one), (8, 8 * 256 / speed["8"]))}
     growth = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (one / 256)
     print(f"guidance costs {guidance:.2f} times as much; a whole image of 1024 tokens takes {image:.1f} s; "
-          f"a token at its end takes {growth:.2f} times as long")
+          f"a token at its end takes {growth:.2f} times as long; windows of guesses, none of them right: "
+          f"{windows['1']:.2f} and {windows['8']:.2f} times the speed at batch 1 and 8")
     measured = {"tokens_per_s": speed, "share_of_floor": share_of_floor, "guidance_cost": guidance,
-                "image_s": image, "growth": growth, "median_s": one, "peak_gb": context.peak_gb() - before,
+                "image_s": image, "growth": growth, "window_speed": windows,
+                "median_s": one, "peak_gb": context.peak_gb() - before,
                 "device": context.device_name(), "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
     if config.json:
         print(json.dumps(measured))

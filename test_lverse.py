@@ -2341,7 +2341,7 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_wrong(to, optio
     ref, gen = (text, image) if to == "image" else (image, text)
     for n, prefix_len, window in itertools.product((1, 4), (0, 1, 4, gen.shape[1]), (2, 5, 16)):
         given = dict(n=n, prefix=gen[:, :prefix_len], **options)
-        expected = model.generate(ref, to, **given)
+        expected = model.generate(ref, to, window=1, **given)
         assert model.passes <= gen.shape[1] - 1
         assert torch.equal(model.generate(ref, to, window=window, **given), expected)
 
@@ -2359,7 +2359,7 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
         optimizer.step()
     model.eval().double()
     for options in ({}, {"guidance": 1.5}, {"top_p": 0.9}, {"temperature": 0}):
-        one_by_one = model.generate(text[:4], "image", n=2, **options)
+        one_by_one = model.generate(text[:4], "image", n=2, window=1, **options)
         assert model.passes == 35
         for window in (4, 16, 64):  # the last is longer than the image
             assert torch.equal(model.generate(text[:4], "image", n=2, window=window, **options), one_by_one)
@@ -2649,6 +2649,17 @@ def test_reranking_orders_by_the_reverse_direction(loaded):
                 assert c["scores"] == pytest.approx({"forward": forward, "reverse": reverse}, abs=1e-3)
                 expected.append(share * forward + (1 - share) * reverse)
             assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
+
+
+@pytest.mark.slow
+def test_windows_change_no_sample(loaded):
+    sides = {"image": loaded.tokenize(["a cross", "two crosses"]),
+             "text": loaded.encode([data.Scenes("val", 2).image(i) for i in range(2)])[0]}
+    for n, window in itertools.product((1, 3), (0, 7)):
+        for to, ref in sides.items():
+            groups, others = (loaded.with_settings(window=w).candidates(ref, to, n) for w in (window, 1))
+            for group, other in zip(groups, others):
+                assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(group, other))
 
 
 @pytest.mark.slow
@@ -3791,7 +3802,7 @@ def decode_on_cuda(graphs):
         torch.cuda.CUDAGraph = mode.has_no_graphs
     model = biart().to("cuda")
     text, image = (x.to("cuda") for x in captions_and_codes())
-    ways = [{}, {"temperature": 0}, {"guidance": 2.0, "top_k": 5, "top_p": 0.9, "n": 2}]
+    ways = [{}, {"temperature": 0}, {"guidance": 2.0, "top_k": 5, "top_p": 0.9, "n": 2, "window": 3}]
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
             directions = ("image", text, image), ("text", image, text)
