@@ -2535,6 +2535,7 @@ def copied_run(finished, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.old_torch
 def test_train_all_leaves_a_whole_run(finished):
     out, printed = finished
     for stage in train.STAGES:
@@ -2883,6 +2884,7 @@ def test_psnr_against_the_formula(loaded):
 
 
 @pytest.mark.slow
+@pytest.mark.old_torch
 def test_resume_continues_exactly(finished, tmp_path):
     whole, _ = finished
     out = tmp_path / "out"
@@ -3784,8 +3786,9 @@ def train_on_cuda(out, world, dtypes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world, dtypes", [(1, ["float32", "bfloat16", "float16"]),
-                                           (8, ["bfloat16", "float16"])], ids=["the only GPU", "rank 0 of 8"])
+@pytest.mark.parametrize("world, dtypes", [
+    pytest.param(1, ["float32", "bfloat16", "float16"], id="the only GPU"),
+    pytest.param(8, ["bfloat16", "float16"], id="rank 0 of 8", marks=pytest.mark.old_torch)])
 def test_all_stages_train_and_resume_on_cuda(world, dtypes, on_cuda, tmp_path):
     printed = on_cuda(train_on_cuda, str(tmp_path / "out"), world, dtypes)
     assert all(f"{what}'" in printed for what in ("group norm", "search", "replay"))
@@ -3817,6 +3820,7 @@ def decode_on_cuda(graphs):
 
 
 @pytest.mark.slow
+@pytest.mark.old_torch
 @pytest.mark.parametrize("graphs", [True, False])
 def test_all_decoding_goes_through_graphs_on_cuda(graphs, on_cuda):
     printed = on_cuda(decode_on_cuda, graphs)
@@ -3983,6 +3987,7 @@ def late_rank(out):
 
 
 @pytest.mark.slow
+@pytest.mark.old_torch
 def test_ranks_wait_for_each_other_where_sums_come_back_at_once(tmp_path):
     printed = on_two_ranks(late_rank, str(tmp_path))
     books = re.findall(r"codebook (\d) (\S+)", printed)
@@ -4020,6 +4025,7 @@ def leaving_rank(out):
 
 
 @pytest.mark.slow
+@pytest.mark.old_torch
 def test_leaving_waits_for_no_thread_of_gloo(tmp_path):
     assert "augvae_ml: 1 steps" in on_two_ranks(leaving_rank, str(tmp_path))
 
