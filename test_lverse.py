@@ -4108,4 +4108,4 @@ def test_the_changes_in_the_readme_can_be_made_and_run(diff, commands, tmp_path)
 
 
 def test_the_readme_names_every_change_it_promises():
-    assert len(CHANGES) == 4
+    assert len(CHANGES) == 3
