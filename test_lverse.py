@@ -4107,5 +4107,13 @@ def test_the_changes_in_the_readme_can_be_made_and_run(diff, commands, tmp_path)
         assert process.returncode == 0, process.stdout + process.stderr
 
 
+@pytest.mark.slow
+def test_the_lines_of_python_in_the_readme_run(finished, tmp_path, monkeypatch, capsys):
+    lines, = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(lines.replace('"out"', repr(str(finished[0]))), {})
+    assert Image.open("painting.png").size == (64, 64) and "t2i" in capsys.readouterr().out
+
+
 def test_the_readme_names_every_change_it_promises():
     assert len(CHANGES) == 3
