@@ -3682,17 +3682,43 @@ class PretendedCUDA(TorchDispatchMode):
 
 
 def pretend_cuda(world=1):
-    """Make this process one of `world`, each with a GPU of its own; -> the mode that counts and checks."""
-    mode, cuda, DDP = PretendedCUDA(), torch.cuda, torch.nn.parallel.DistributedDataParallel
+    """Make this process rank 0 of `world`, each with a GPU; -> the mode that counts and checks."""
+    mode, cuda = PretendedCUDA(), torch.cuda
     os.environ.update(RANK="0", LOCAL_RANK="3" if world > 1 else "0", WORLD_SIZE=str(world))
+    cuda.is_available = cuda.is_initialized = cuda.is_bf16_supported = lambda *_, **__: True
+    cuda._initialized, cuda._lazy_init = True, lambda: None
+    cuda.device_count, cuda.current_device = lambda: 8, lambda: int(os.environ["LOCAL_RANK"])
+    cuda.set_device = torch._utils._get_device_index  # the check that the real one begins with
+    cuda.synchronize = cuda.set_stream = cuda.manual_seed_all = lambda *_: None
     fake_tensor.init_gpu_context = fake_tensor.init_cuda_context = lambda *_: None
+    # A module's parameters become fake ones, and what is made of numbers comes from the CPU
     torch.__future__.set_overwrite_module_params_on_conversion(True)
-    tensor, nearest = torch.tensor, Codebook.nearest
+    tensor, tolist = torch.tensor, torch.Tensor.tolist
     torch.tensor = lambda *given, device=None, **more: tensor(*given, **more).to(device)
-    torch.Tensor.pin_memory = lambda self, *_: self
-    tolist = torch.Tensor.tolist
     torch.Tensor.tolist = lambda self: tolist(self.cpu())
+    torch.Tensor.pin_memory = lambda self, *_: self
+    pretend_graphs(mode)
+    pretend_nccl(world)
+    save, nearest = torch.save, Codebook.nearest
 
+    def saved(x):
+        if not isinstance(x, FakeTensor):
+            return x
+        mode.seen["saved from the device"] += bool(x.dim())
+        return torch.zeros(x.shape, dtype=x.dtype)
+
+    def searched(*given):
+        mode.searching = True
+        codes = nearest(*given)
+        mode.searching = False
+        return codes
+    torch.save = lambda content, *given, **more: save(tree_map(saved, content), *given, **more)
+    Codebook.nearest = searched
+    mode.__enter__()
+    return mode
+
+
+def pretend_graphs(mode):
     def rng_state(*_):
         assert not mode.capturing, "a captured step reads or sets the CUDA generator"
         return torch.zeros(16, dtype=torch.uint8)
@@ -3702,61 +3728,41 @@ def pretend_cuda(world=1):
         mode.capturing = True
         yield
         mode.capturing = False
+    torch.cuda.get_rng_state = torch.cuda.set_rng_state = rng_state
+    torch.cuda.graph = graph
+    torch.cuda.CUDAGraph = lambda: argparse.Namespace(replay=lambda: mode.seen.update(["replay"]))
 
-    def searched(*given):
-        mode.searching = True
-        codes = nearest(*given)
-        mode.searching = False
-        return codes
+
+def pretend_nccl(world):
+    """Collectives that change nothing, with the checks of NCCL and DDP; token caches are made as if alone."""
+    DDP, start = torch.nn.parallel.DistributedDataParallel, dist.init_process_group
+    build, clip = data.build_token_cache, torch.nn.utils.clip_grad_norm_
 
     def all_reduce(x, *_):
         assert x.is_cuda and x.is_contiguous(), f"NCCL cannot sum this tensor on {x.device}"
 
-    def clip(parameters, *given):
-        parameters = list(parameters)
-        assert all(p.grad is not None for p in parameters), "DDP would wait for a gradient that never comes"
-        return clip_grad_norm_(parameters, *given)
+    def all_gather_object(values, value):
+        values[:] = [value] * len(values)
 
     def init(self, module, **_):
         nn.Module.__init__(self)
         self.module = module
 
-    Codebook.nearest = searched
-    clip_grad_norm_, torch.nn.utils.clip_grad_norm_ = torch.nn.utils.clip_grad_norm_, clip
-    cuda.is_available = cuda.is_initialized = lambda: True
-    cuda._initialized, cuda._lazy_init = True, lambda: None
-    cuda.device_count, cuda.current_device = lambda: 8, lambda: int(os.environ["LOCAL_RANK"])
-    cuda.set_device = torch._utils._get_device_index  # the check that the real one begins with
-    cuda.synchronize = cuda.manual_seed_all = lambda *_: None
-    cuda.is_bf16_supported = lambda *_, **__: True
-    cuda.get_device_capability = lambda *_: (8, 0)
-    cuda.get_device_name, cuda.max_memory_allocated = lambda *_: "pretended", lambda *_: 0
-    cuda.get_rng_state = cuda.set_rng_state = rng_state
-    cuda.graph, cuda.set_stream = graph, lambda *_: None
-    cuda.CUDAGraph = lambda: argparse.Namespace(replay=lambda: mode.seen.update(["replay"]))
-    start = dist.init_process_group
-    dist.init_process_group = lambda *_, **__: start("fake", rank=0, world_size=world, store=FakeStore())
-    dist.all_reduce = all_reduce
-    dist.all_gather_object = lambda values, value: values.__setitem__(slice(None), [value] * len(values))
-    DDP.__init__, DDP.forward = init, lambda self, *given: self.module(*given)
-    DDP.no_sync = lambda self: contextlib.nullcontext()
-    save, build = torch.save, data.build_token_cache
+    def clip_grad_norm_(parameters, *given):
+        parameters = list(parameters)
+        assert all(p.grad is not None for p in parameters), "DDP would wait for a gradient that never comes"
+        return clip(parameters, *given)
 
     def build_token_cache(*given, **more):
         given = inspect.signature(build).bind(*given, **more)
-        whole = given.arguments["all_reduce"]
-        given.arguments.update(rank=0, world=1, all_reduce=lambda x: whole(x) * 0 + x)  # the others' part too
+        add = given.arguments["all_reduce"]
+        given.arguments.update(rank=0, world=1, all_reduce=lambda x: add(x) * 0 + x)
         return build(*given.args, **given.kwargs)
-
-    def saved(x):
-        if not isinstance(x, FakeTensor):
-            return x
-        mode.seen["saved from the device"] += bool(x.dim())
-        return torch.zeros(x.shape, dtype=x.dtype)
-    torch.save = lambda content, *given, **more: save(tree_map(saved, content), *given, **more)
-    data.build_token_cache = build_token_cache
-    mode.__enter__()
-    return mode
+    dist.init_process_group = lambda *_, **__: start("fake", rank=0, world_size=world, store=FakeStore())
+    dist.all_reduce, dist.all_gather_object = all_reduce, all_gather_object
+    DDP.__init__, DDP.forward = init, lambda self, *given: self.module(*given)
+    DDP.no_sync = lambda self: contextlib.nullcontext()
+    torch.nn.utils.clip_grad_norm_, data.build_token_cache = clip_grad_norm_, build_token_cache
 
 
 @pytest.fixture(scope="session")
@@ -3806,9 +3812,9 @@ def decode_on_cuda(graphs):
     model = biart().to("cuda")
     text, image = (x.to("cuda") for x in captions_and_codes())
     ways = [{}, {"temperature": 0}, {"guidance": 2.0, "top_k": 5, "top_p": 0.9, "n": 2, "window": 3}]
+    directions = ("image", text, image), ("text", image, text)
     for dtype in (torch.float32, torch.bfloat16):
         with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            directions = ("image", text, image), ("text", image, text)
             for way, (to, ref, prefix) in itertools.product(ways, directions):
                 model.generate(ref, to, **way)
                 model.generate(ref, to, prefix=prefix[:, :2], **way)
@@ -3825,6 +3831,24 @@ def decode_on_cuda(graphs):
 def test_all_decoding_goes_through_graphs_on_cuda(graphs, on_cuda):
     printed = on_cuda(decode_on_cuda, graphs)
     assert ("'replay'" in printed) == graphs == ("no CUDA graphs here" not in printed)
+
+
+def sample_on_cuda(out, picture):
+    mode = pretend_cuda()
+    train.main([*MINIATURE, "--device=cuda", "--out_dir", out, "--max_iters=0"])
+    for use in ([f"--image={picture}", "--beam=3"], [f"--image={picture}", "--keep_rows=2", "--variations"],
+                ["--prompt=a cross", "--guidance=2", "--rerank=3"], [f"--reconstruct={picture}"],
+                ["--eval", "--eval_items=2", "--eval_pairs=2"]):
+        sample_module.main(["--device=cuda", "--out_dir", out, "--n=2", *use])
+    return mode.seen
+
+
+@pytest.mark.slow
+@pytest.mark.old_torch
+def test_every_use_of_sample_on_cuda(on_cuda, tmp_path):
+    data.Scenes("val", 1).image(0).save(tmp_path / "a.png")
+    printed = on_cuda(sample_on_cuda, str(tmp_path / "out"), str(tmp_path / "a.png"))
+    assert "paint: a cross" in printed and "'replay'" in printed and "t2i_bits" in printed
 
 
 def count_gathered():
@@ -3863,7 +3887,7 @@ def test_a_sharded_run_gathers_onto_the_cpu(on_cuda, tmp_path):
 
 
 def dtype_on_cuda(emulated):
-    """bfloat16 as cards before Ampere have it: from torch 2.6 on it counts as supported, being emulated."""
+    """Cards before Ampere emulate bfloat16: from torch 2.6 on that counts as supported."""
     pretend_cuda()
     torch.cuda.is_bf16_supported = lambda including_emulation=True: including_emulation or not emulated
     torch.cuda.get_device_capability = lambda *_: (7, 0) if emulated else (8, 0)
@@ -3902,7 +3926,7 @@ needs_counting = pytest.mark.skipif(not importlib.util.find_spec("torch.distribu
 @needs_counting
 @pytest.mark.parametrize("stage, given", [
     ("augvae_ml", {"dtype": "bfloat16"}), ("augvae_sl", {"dtype": "float32", "checkpoint_activations": True}),
-    ("biart", {"dtype": "bfloat16"}), ("biart", {"dtype": "float32", "checkpoint_activations": True})])
+    ("biart", {"dtype": "bfloat16"})])
 def test_bench_memory_counts_what_pytorch_does(stage, given, on_cuda):
     given = {**MEMORY, **given}
     held = counted(stage, given)
@@ -3916,6 +3940,7 @@ def counted(stage, given):
     return train.count_memory(train.Settings(stage, given, *train.configure(given, stage, *train.CONFIGS)))
 
 
+@pytest.mark.slow
 @needs_counting
 def test_bench_memory_names_the_largest_batch(capsys):
     train.main(["--bench=memory", "--stage=biart", "--preset=tiny", "--json"])
@@ -3934,14 +3959,15 @@ def test_bench_memory_names_the_largest_batch(capsys):
 @needs_counting
 @pytest.mark.parametrize("rows, n", [(16, 1), (4, 4)])
 def test_generation_holds_one_cache(rows, n):
-    c = BiARTConfig(n_layer=4, n_head=4, n_embd=256, n_text=16, image_side=16, text_vocab=300, image_vocab=64)
+    c = BiARTConfig(n_layer=4, n_head=4, n_embd=256, n_text=32, image_side=8, text_vocab=300, image_vocab=64)
     with torch.device("meta"):
         model = BiART(c)
     with FakeTensorMode(allow_non_fake_inputs=True), train.TensorBytes() as tensors:
-        weights = [model.to_empty(device="cpu"), tensors.now][1]
-        model.generate(torch.zeros(rows, 16, dtype=torch.long), "image", n=n, guidance=2.0)
+        model.to_empty(device="cpu")
+        weights = tensors.now
+        model.generate(torch.zeros(rows, c.n_text, dtype=torch.long), "image", n=n, guidance=2.0)
     cache = c.n_layer * 2 * 2 * rows * n * (c.n_text + c.n_image) * c.n_embd * 4  # of both halves, in bytes
-    assert tensors.most - weights < 1.15 * cache
+    assert tensors.most - weights < 1.5 * cache
 
 
 # -----------------------------------------------------------------------------
@@ -3981,7 +4007,7 @@ def late_rank(out):
         print(f"codebook {os.environ['RANK']} {self.weight.double().sum().item()}\n", end="", flush=True)
         return update(self)
     Codebook.update = told
-    torch.save = lambda *given, **more: (time.sleep(2 * isinstance(given[0], dict)), save(*given, **more))
+    torch.save = lambda *given, **more: (time.sleep(isinstance(given[0], dict)), save(*given, **more))
     with Waiting():
         train.main([*MINIATURE, "--device=cpu", "--out_dir", out, "--batch_size=2", "--max_iters=2"])
 
@@ -4020,7 +4046,8 @@ def test_sharded_ranks_keep_step_in_validation_and_pictures(finished, tmp_path):
 def leaving_rank(out):
     """destroy_process_group as it is in 2 of 7 runs with torch 2.1: never returns, and lets no thread run."""
     dist.destroy_process_group = lambda *_: ctypes.PyDLL(None).sleep(1000)
-    sys.argv = ["train.py", *MINIATURE, f"--out_dir={out}", "--stage=augvae_ml", "--max_iters=1"]
+    given = ["--device=cpu", "--out_dir", out, "--stage=augvae_ml", "--max_iters=1"]
+    sys.argv = ["train.py", *MINIATURE, *given]
     runpy.run_path(os.path.join(HERE, "train.py"), run_name="__main__")
 
 
