@@ -3468,7 +3468,7 @@ def test_bad_settings_are_refused_with_a_sentence(finished, tmp_path):
         (["--stage=gan"], "none of: augvae_ml, augvae_sl, biart, all"),
         (["--preset=huge"], "tiny, small, released"),
         (["--data=mnist"], "none of: scenes, fake, imagenet"), (["--data=coco"], "needs --train_dir"),
-        (["--data=coco", "--train_dir=absent", "--train_captions=absent.json"], "no image folder"),
+        (["--data=coco", "--train_dir=absent", "--train_captions=absent.json"], "no file absent.json"),
         (["--stage=biart"], "no checkpoint"), (["--resume"], "finds no checkpoint"),
         (["--device=tpu"], "--device"), (["--dtype=int8"], "none of: auto"),
         (["--loss=l3"], "none of: l2, l1"), (["--levels=8,3"], "levels"),
@@ -3501,7 +3501,7 @@ def test_bad_checkpoints_are_refused(finished, copied_run):
     attempt("cannot read", tokenizer=b"{")
     attempt("cannot read", tokenizer=None)
     attempt("--prompt is empty", "--prompt", " ")
-    attempt("no image", "--image", "absent.png")
+    attempt("absent.png is not an image", "--image", "absent.png")
     attempt("not an image", "--image", os.path.join(HERE, "README.md"))
     attempt("not an image", "--reconstruct", os.path.join(HERE, "README.md"))
 
