@@ -38,7 +38,6 @@ import timeit
 import weakref
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -112,7 +111,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile the model
     checkpoint_activations: bool = False  # compute blocks' activations again in the backward pass, keep none
     shard: bool = False  # biart: spread parameters, gradients and optimizer state over the ranks (FSDP)
-    bench: str = ""  # measure instead of training: a step of augvae or biart, the codebook, or reading data
+    bench: str = ""  # measure instead of training: augvae, biart, codebook, data, or memory (does it fit?)
     json: bool = False  # bench: print one JSON object last
 
     limits = {**dict.fromkeys(("max_iters", "epochs", "learning_rate", "warmup_iters", "min_lr", "grad_clip",
@@ -1236,6 +1235,7 @@ def count_memory(settings):
     "optimizer", "activations": kept for the backward pass, "peak"}. Attention is taken to be fused. Not
     counted are convolutions' workspaces, gaps between tensors and CUDA itself.
     """
+    from unittest import mock  # takes 50 ms, and nothing else needs it
     config, after = settings.train, {}
     context = Context("cpu", "float32", wide=True)
     context.dtype = torch.float32 if config.dtype == "float32" else torch.bfloat16  # float16 is as large
