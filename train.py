@@ -997,7 +997,6 @@ def shard(model):
     for block in model.blocks:
         fully_shard(block)
     fully_shard(model)
-    model.use_cuda_graphs = False
     register_fsdp_forward_method(model, "generate")
 
 
