@@ -4,7 +4,7 @@ Captioned pictures: where they come from, how they reach a model, and how they a
 A data set has `len()`, `captions(i) -> list of str`, `image(i, min_side=0) -> PIL image in RGB`, which may be
 shrunk as long as its shorter side stays at min_side pixels, and `fingerprint() -> str`. Layouts, `--data`:
 
-    scenes    built in: two coloured shapes and how they lie, drawn on the fly, deterministic, no download
+    scenes    built in: one or two coloured shapes and how they lie, drawn on the fly, deterministic, no download
     fake      random pixels and random words, of any size, to measure with
     imagenet  train/ and val/; beside them, if any, train_list.txt, val_list.txt: `relative/path.JPEG label`
     folder    any tree of images
@@ -84,43 +84,52 @@ def fingerprint(*parts):
 
 
 # -----------------------------------------------------------------------------
-# Built-in scenes: two things, each with size, colour and shape, and the relation of the first to the second
+# Built-in scenes: one or two things, each with size, colour and shape, and how the first lies to the second
 
-SIZES = {"small": 7, "large": 11}  # radius, pixels
-COLOURS = {"red": (214, 48, 49), "green": (39, 174, 96), "blue": (41, 98, 216),
-           "yellow": (245, 203, 32), "purple": (142, 68, 173), "black": (45, 52, 54)}
-SHAPES = ("circle", "square", "triangle", "cross")
+SIZES = {"small": 4.5, "large": 7}  # radius, pixels
+COLOURS = {"red": (214, 48, 49), "orange": (240, 128, 30), "yellow": (245, 203, 32), "lime": (160, 215, 50),
+           "green": (30, 140, 80), "teal": (20, 150, 150), "cyan": (110, 210, 240), "blue": (41, 98, 216),
+           "purple": (142, 68, 173), "pink": (245, 140, 190), "brown": (125, 75, 40), "black": (45, 52, 54)}
+SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star", "hourglass", "arrow")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0),  # where the first thing lies
              "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# Never drawn for training or validation, though every attribute of each is, in other company: split `heldout`
-# holds scenes with at least one of these. Split `val` holds things seen in training, in new combinations.
-HELD_OUT = {("small", "red", "triangle"), ("large", "green", "cross"), ("small", "blue", "square"),
-            ("large", "yellow", "circle"), ("small", "purple", "cross"), ("large", "black", "triangle")}
-PHRASES = ("a {a} {rel} a {b}", "there is a {a} {rel} a {b}", "the {a} is {rel} the {b}",
-           "we see a {a} {rel} a {b}", "a {a} {rel} a {b}", "the {a} is {rel} the {b}")
-SCENE_SIDE = 64  # pixels
+# How a caption begins, and which article it uses; with "the", a relation is stated. The last two captions of
+# a scene leave attributes out, and two of the six name things from right to left or from bottom to top.
+PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
+N_FULL, BACKWARD = 4, (3, 5)
+SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
-OFFSETS = (-4, 4)  # pixels that a thing lies off its place, each way: four places, on a lattice of eight
+LATTICE = 4  # pixels; things lie on it, so that cells of this side see few different parts of a thing
+
+
+def held_out(thing):
+    """
+    Whether a kind of thing, (size, colour, shape), is drawn in no training and no validation scene: one kind
+    in eight, spread so that every pair of its attributes occurs in other kinds, and every one often.
+    """
+    size, colour, shape = (list(of).index(word) for of, word in zip((SIZES, COLOURS, SHAPES), thing))
+    return (colour + 3 * shape + 4 * size) % 8 == 0
 
 
 def outline(shape, x, y, r):
     """Corners of a shape of radius r around (x, y); None for a circle, which has none."""
-    if shape == "square":
-        s = 0.86 * r
-        return [(x - s, y - s), (x + s, y - s), (x + s, y + s), (x - s, y + s)]
-    if shape == "triangle":
-        return [(x, y - r), (x + r, y + 0.86 * r), (x - r, y + 0.86 * r)]
-    if shape == "cross":
-        a = 0.3 * r
-        quarter = [(a, -r), (a, -a), (r, -a), (r, a), (a, a), (a, r)]
-        return [(x + p, y + q) for p, q in quarter] + [(x - p, y - q) for p, q in quarter]
+    half = {  # right half, from top to bottom, in radii; the left one mirrors it
+        "square": [(0.86, -0.86), (0.86, 0.86)],
+        "triangle": [(0, -1), (1, 0.86)],
+        "cross": [(0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1)],
+        "diamond": [(0, -1), (0.75, 0), (0, 1)],
+        "star": [(0, -1), (0.26, -0.34), (1, -0.28), (0.42, 0.18), (0.62, 0.9), (0, 0.5)],
+        "hourglass": [(0.86, -1), (0.22, 0), (0.86, 1)],
+        "arrow": [(0, -1), (1, 0.1), (0.36, 0.1), (0.36, 1)]}.get(shape)
+    corners = half and half + [(-dx, dy) for dx, dy in reversed(half)]
+    return corners and [(x + dx * r, y + dy * r) for dx, dy in corners]
 
 
 def draw_things(things, centres, scale=4):
-    """[(size, colour, shape)], [(x, y)] in pixels -> 64x64 PIL image, antialiased by drawing `scale`-fold."""
+    """[(size, colour, shape)], [(x, y)] in pixels -> 40x40 PIL image, antialiased by drawing `scale`-fold."""
     image = Image.new("RGB", (SCENE_SIDE * scale,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for (size, colour, shape), (x, y) in zip(things, centres):
@@ -133,28 +142,38 @@ def draw_things(things, centres, scale=4):
     return image.reduce(scale)
 
 
-def paraphrases(first, second, relation, rng):
+def paraphrases(things, relation, rng):
     """
-    (size, colour, shape) twice and a relation -> six captions. Four go from left to right or from top to
-    bottom, as most people do, and two the other way: were it three and three, which thing is named first
-    would not tell where it lies, and the two could be told apart only after what the relation means is known.
+    One or two (size, colour, shape), and the relation of two -> six captions, of which two leave attributes
+    out: "a red circle left of something small". Four go from left to right or from top to bottom, as most
+    people do, and two the other way: were it three and three, which thing is named first would not tell where
+    it lies, and the two could be told apart only after what the relation means is known.
     """
-    def say(word):
-        return rng.choice(WORDS.get(word, (word,)))
+    def name(thing, article, full):
+        kept = 7 if full else rng.randrange(1, 8)  # three bits, one an attribute
+        words = [rng.choice(WORDS.get(word, (word,))) for i, word in enumerate(thing) if kept >> i & 1]
+        if not kept & 4:  # no shape
+            return "something " + " and ".join(words)
+        if article == "a" and (words[0][0] in "aeiou" or words[0] == "hourglass"):
+            article = "an"
+        return " ".join([article, *words]).strip()
 
-    def phrase(template, a, b, rel):
-        return template.format(a=" ".join(map(say, a)), b=" ".join(map(say, b)), rel=say(rel))
+    captions = []
+    for i, (beginning, article) in enumerate(PHRASES):
+        in_order, rel = list(things), relation
+        if relation and (i in BACKWARD) == (relation in ("left of", "above")):
+            in_order, rel = in_order[::-1], OPPOSITE[relation]
+        said = [name(thing, article, i < N_FULL) for thing in in_order]
+        link = f" is {rel} " if article == "the" else f" {rel} "
+        captions.append(beginning + link.replace(str(rel), rng.choice(WORDS.get(rel, ("",)))).join(said))
+    return captions
 
-    ways = [(first, second, relation), (second, first, OPPOSITE[relation])]
-    forward, backward = ways if relation in ("left of", "above") else ways[::-1]
-    return [phrase(template, *(forward if i < 4 else backward)) for i, template in enumerate(PHRASES)]
 
-
-def split_of(first, second, relation):
+def split_of(things, relation):
     """`heldout` where one of the things is; else one combination in ten of things and relation is `val`."""
-    if {first, second} & HELD_OUT:
+    if any(map(held_out, things)):
         return "heldout"
-    key = repr(sorted(facts(first, second, relation)))
+    key = repr(sorted(facts(things, relation)))
     return "val" if zlib.crc32(key.encode()) % 10 == 0 else "train"
 
 
@@ -168,46 +187,70 @@ class Scenes(Dataset):
         return self.n
 
     def scene(self, i):
-        """-> (first thing, second thing, relation, centres, captions)"""
+        """-> (things, relation or None, centres, captions); one scene in four has a single thing."""
         rng = random.Random(f"scene {self.split} {i}")
         while True:
-            first, second = ((rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))
-                             for _ in range(2))
-            relation = rng.choice(list(RELATIONS))
-            if split_of(first, second, relation) == self.split:
+            things = [(rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))
+                      for _ in range(1 if rng.random() < 0.25 else 2)]
+            relation = rng.choice(list(RELATIONS)) if len(things) == 2 else None
+            if split_of(things, relation) == self.split:
                 break
-        centres = [(SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dx + rng.choice(OFFSETS),
-                    SCENE_SIDE // 2 + sign * SCENE_SIDE // 4 * dy + rng.choice(OFFSETS))
-                   for sign, (dx, dy) in ((1, RELATIONS[relation]), (-1, RELATIONS[relation]))]
-        return first, second, relation, centres, paraphrases(first, second, relation, rng)
+        return things, relation, place_things(relation, rng), paraphrases(things, relation, rng)
 
     def fingerprint(self):
         return fingerprint("scenes", self.split, self.n)
 
     def image(self, i, min_side=0):
-        first, second, _, centres, _ = self.scene(i)
-        return draw_things((first, second), centres)
+        things, _, centres, _ = self.scene(i)
+        return draw_things(things, centres)
 
     def captions(self, i):
         return self.scene(i)[-1]
 
 
-def facts(first, second, relation):
-    """The content of a scene, the same whichever thing is named first."""
-    return frozenset({(first, second, relation), (second, first, OPPOSITE[relation])})
+def place_things(relation, rng):
+    """-> centres [(x, y)] in pixels on the lattice: of a thing alone, or of two in this relation."""
+    if not relation:
+        return [(LATTICE * rng.randint(2, 8), LATTICE * rng.randint(2, 8))]
+    near, far = ([LATTICE * rng.randint(*ends), LATTICE * rng.randint(4, 6)] for ends in ((2, 3), (7, 8)))
+    centres = [near, far] if relation in ("left of", "above") else [far, near]
+    upright = relation in ("above", "below")
+    return [(across, along) if upright else (along, across) for along, across in centres]
+
+
+def facts(things, relation):
+    """
+    The content of a scene, or of a caption, where None is what it leaves out -> statements, frozenset of
+    (size, colour, shape, relation, size, colour, shape), the same whichever thing is named first.
+    """
+    if not relation:
+        return frozenset({(*things[0], "alone", None, None, None)})
+    first, second = things
+    return frozenset({(*first, relation, *second), (*second, OPPOSITE[relation], *first)})
+
+
+def matches(said, seen):
+    """Whether what a caption says, as facts(), holds of a scene's facts. Either may be None: it does not."""
+    return bool(said and seen) and any(all(word in (None, fact) for word, fact in zip(statement, truth))
+                                       for statement in said for truth in seen)
 
 
 def parse_caption(caption):
     """A caption in the built-in grammar -> its facts(); None for anything else."""
     text = " " + " ".join(caption.lower().split()) + " "
-    for plain, words in WORDS.items():
+    for plain, words in (*WORDS.items(), ("a", ("an",))):
         for word in sorted(words, key=len, reverse=True):
             text = text.replace(f" {word} ", f" {plain} ")
-    thing = rf"({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})"
-    relation = f"({'|'.join(RELATIONS)})"
-    grammar = rf" (?:there is |we see )?(?:a|the) {thing} (?:is )?{relation} (?:a|the) {thing} "
+    size, colour, shape = ("|".join(words) for words in (SIZES, COLOURS, SHAPES))
+    thing = (rf"(?:(?:(?:a|the) )?(?:({size}) )?(?:({colour}) )?({shape})|something"
+             rf"(?: ({size}))?(?: (?:and )?({colour}))?) ")
+    grammar = rf" (?:there is |we see )?{thing}(?:(?:is )?({'|'.join(RELATIONS)}) {thing})?"
     match = re.fullmatch(grammar, text)
-    return facts(match.groups()[0:3], match.groups()[4:7], match.groups()[3]) if match else None
+    if not match:
+        return None
+    found = match.groups()
+    things = [(a or d, b or e, c) for a, b, c, d, e in (found[:5], found[6:])]
+    return facts(things, found[5]) if any(things[0]) or found[5] else None
 
 
 def components(mask):
@@ -225,10 +268,10 @@ def components(mask):
 
 
 def template(size, shape):
-    """How a thing of this size and shape covers a 25 x 25 field around its centre: shares in [0, 1]."""
+    """How a thing of this size and shape covers a 19 x 19 field around its centre: shares in [0, 1]."""
     image = draw_things([(size, "black", shape)], [(SCENE_SIDE // 2, SCENE_SIDE // 2)])
     dark = np.asarray(image.convert("L"), np.float32)
-    return ((dark.max() - dark) / (dark.max() - dark.min()))[20:45, 20:45]
+    return ((dark.max() - dark) / (dark.max() - dark.min()))[11:30, 11:30]
 
 
 TEMPLATES = {}  # (size, shape) -> template(), filled at first use
@@ -236,9 +279,9 @@ TEMPLATES = {}  # (size, shape) -> template(), filled at first use
 
 def read_scene(image):
     """
-    The oracle: a 64x64 picture (PIL, or array (64, 64, 3) of 0..255) -> its facts(), or None where there are
-    not just two things. Colour is the nearest of the six in a thing's inside; size and shape are the template
-    that fits best; the relation is the longer way from one centre to the other.
+    The oracle: a 40x40 picture (PIL, or array (40, 40, 3) of 0..255) -> its facts(), or None where there are
+    not just one or two things. Colour is the nearest of the twelve in a thing's inside; size and shape are
+    the template that fits best; the relation is the longer way from one centre to the other.
     """
     if not TEMPLATES:
         TEMPLATES.update({(size, shape): template(size, shape) for size in SIZES for shape in SHAPES})
@@ -247,7 +290,7 @@ def read_scene(image):
     distance = np.linalg.norm(pixels - np.float32(BACKGROUND), axis=2)
     found = []
     for mask in components(distance > 60):
-        if mask.sum() < 20:
+        if mask.sum() < 12:
             break
         colour = np.median(pixels[mask & (distance >= np.median(distance[mask]))], axis=0)
         nearest = int(np.linalg.norm(palette - colour, axis=1).argmin())
@@ -255,18 +298,20 @@ def read_scene(image):
         cover = np.clip(distance / np.linalg.norm(colour - np.float32(BACKGROUND)), 0, 1) * mask
         ys, xs = np.nonzero(mask)
         x, y = (xs.min() + xs.max()) // 2, (ys.min() + ys.max()) // 2
-        field = np.pad(cover, 15)
-        errors = {key: min(np.square(field[y + dy + 3:y + dy + 28, x + dx + 3:x + dx + 28] - t).sum()
+        field = np.pad(cover, 12)
+        errors = {key: min(np.square(field[y + dy + 3:y + dy + 22, x + dx + 3:x + dx + 22] - t).sum()
                            for dy in (-1, 0, 1, 2) for dx in (-1, 0, 1)) for key, t in TEMPLATES.items()}
         size, shape = min(errors, key=errors.get)
         found.append(((size, list(COLOURS)[nearest], shape), (x, y)))
+    if len(found) == 1:
+        return facts([found[0][0]], None)
     if len(found) != 2:
         return None
     (first, (x1, y1)), (second, (x2, y2)) = found
     dx, dy = int(x1) - int(x2), int(y1) - int(y2)
     step = ((dx > 0) - (dx < 0), 0) if abs(dx) > abs(dy) else (0, (dy > 0) - (dy < 0))
     relation = next((name for name, way in RELATIONS.items() if way == step), None)
-    return facts(first, second, relation) if relation else None
+    return facts([first, second], relation) if relation else None
 
 
 # -----------------------------------------------------------------------------
