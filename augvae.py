@@ -21,6 +21,7 @@ References:
 import argparse
 import contextlib
 import functools
+import math
 import os
 import re
 import textwrap
@@ -52,10 +53,11 @@ class AugVAEConfig:
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
+    locality: float = 0.0  # AugVAE-SL: weight of locality_loss, which makes a cell's code its own affair
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
     limits = {"ae_dropout": "[0, 1)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)", "dead_below": "[0, 1)",
-              **dict.fromkeys(("commitment", "rate", "single_level"), "[0, inf)"),
+              **dict.fromkeys(("commitment", "rate", "locality", "single_level"), "[0, inf)"),
               **dict.fromkeys(("image_size", "hidden", "n_res_blocks", "n_groups", "z_channels",
                                "codebook_size", "codebook_dim"), "[1, inf)")}
 
@@ -422,7 +424,7 @@ class AugVAE(nn.Module):
     def forward(self, images, collect=False):
         """
         Images (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), not clamped; commitment loss, a scalar
-        (summed over levels, weight included); codes as encode() gives them.
+        (summed over levels, weight included, with locality, if asked for); codes as encode() gives them.
         `collect` hands the vectors to the codebook, whose update() then moves it once per optimizer step.
         """
         features = self.features(images)
@@ -431,7 +433,19 @@ class AugVAE(nn.Module):
             for z, code in zip(features, codes):
                 self.codebook.collect(z, code)
         commitment = sum(self.config.commitment * loss for loss in losses)
+        if self.config.locality and self.config.single_level and self.training:
+            commitment = commitment + self.config.locality * self.locality_loss(images, features[0])
         return self.reconstruct(quantised), commitment, list(codes)
+
+    def locality_loss(self, images, features):
+        """
+        How much a cell's features depend on its neighbours: the distance between features (B, D, s, s) of
+        images whose cells are shuffled and the shuffled features of the images, in variances; a scalar. Codes
+        that stand for what is in their cell alone can be put together anew. None of the sources has it.
+        """
+        order = torch.randperm(features.shape[2] * features.shape[3], device=images.device)
+        moved = self.features(shuffle_cells(images, order))[0]
+        return F.mse_loss(moved, shuffle_cells(features, order)) / features.var((0, 2, 3)).mean()
 
     @torch.no_grad()
     def encode(self, images):
@@ -475,6 +489,15 @@ class AugVAE(nn.Module):
             weight = connector.weight.detach()  # a decoder's input is cat(level, coarser decoder)
             nn.init.dirac_(weight[:z] if i == 0 else weight[-z:])
         return model
+
+
+def shuffle_cells(x, order):
+    """(B, C, H, W), cut into len(order) = n * n cells, row by row -> cell i is what cell order[i] was."""
+    side = math.isqrt(len(order))
+    size = x.shape[2] // side
+    cells = x.unflatten(2, (side, size)).unflatten(4, (side, size)).permute(2, 4, 0, 1, 3, 5)
+    cells = cells.flatten(0, 1)[order].unflatten(0, (side, side))  # (side, side, B, C, size, size)
+    return cells.permute(2, 3, 0, 4, 1, 5).reshape(x.shape)
 
 
 # -----------------------------------------------------------------------------

@@ -46,14 +46,19 @@ class BiARTConfig:
     positions: str = "modality"  # modality (text: index; image: row + column), sequence (published: absolute)
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
+    t2i_weight: float = 1.0  # weight of text -> image in the loss, where image -> text has 1
+    replace_prob: float = 0.0  # share of GEN image tokens that training takes, as inputs, from another image
+    code_hidden: int = 0  # image tokens are embedded by an MLP of so many units of AugVAE's codes; 0: learned
     text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
     pad_token: int = derived(49406)  # fills up behind it
     image_vocab: int = derived(8192)  # entries of the codebook
     image_side: int = derived(32)  # rows, and columns, of image tokens
+    code_dim: int = derived(256)  # length of a code
 
     limits = {"n_layer": "[1, inf)", "n_head": "[1, inf)", "n_embd": "[1, inf)", "dropout": "[0, 1)",
-              "n_text": "[2, inf)", "null_prob": "[0, 1]", "ref_loss": "[0, inf)"}
+              "n_text": "[2, inf)", "null_prob": "[0, 1]", "ref_loss": "[0, inf)",
+              "t2i_weight": "[0, inf)", "replace_prob": "[0, 1]", "code_hidden": "[0, inf)"}
     choices = {"positions": ("modality", "sequence")}
 
     def __post_init__(self):
@@ -132,6 +137,37 @@ class Block(nn.Module):
         return x
 
 
+class CodeEmbedding(nn.Module):
+    """
+    Embeddings of the image codes, (V, C), as nn.Embedding's: weight = own + MLP(AugVAE's code vectors). What
+    is learned of one code so holds for all that look alike, on both ends, as output weights are the same.
+    """
+    def __init__(self, config):
+        super().__init__()
+        c = config
+        self.register_buffer("vectors", torch.randn(c.image_vocab, c.code_dim))  # see know_codes()
+        self.c_fc = nn.Linear(c.code_dim, c.code_hidden)
+        self.c_proj = nn.Linear(c.code_hidden, c.n_embd)
+        self.own = nn.Parameter(torch.empty(c.image_vocab, c.n_embd))
+        self.kept = None
+
+    @property
+    def weight(self):
+        if self.training or torch.is_grad_enabled():
+            return self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
+        if self.kept is None:  # decoding asks for it at every token: in eval mode it is computed once
+            with torch.autocast(self.own.device.type, enabled=False):
+                self.kept = self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
+        return self.kept
+
+    def train(self, mode=True):
+        self.kept = None
+        return super().train(mode)
+
+    def forward(self, tokens):
+        return F.embedding(tokens, self.weight)
+
+
 # -----------------------------------------------------------------------------
 # The model
 
@@ -146,6 +182,8 @@ class BiART(nn.Module):
         super().__init__()
         self.config = c = config
         self.token = nn.ModuleDict({m: nn.Embedding(c.vocab(m), c.n_embd) for m in OTHER})
+        if c.code_hidden:
+            self.token["image"] = CodeEmbedding(c)
         self.null = nn.ParameterDict({m: nn.Parameter(torch.empty(c.n_embd)) for m in OTHER})
         self.segment = nn.Embedding(2, c.n_embd)
         if c.positions == "modality":
@@ -171,9 +209,19 @@ class BiART(nn.Module):
                 nn.init.zeros_(p)
             elif name.endswith(("ln.weight", "ln_f.weight")):
                 nn.init.ones_(p)
+            elif name == "token.image.own":
+                nn.init.zeros_(p)
+            elif name.startswith("token.image.c_"):  # so that embeddings get this std, too
+                nn.init.normal_(p, std=p.shape[1] ** -0.5 * (1 if "c_fc" in name else 1.5 * std))
             else:
                 residual = name.endswith("c_proj.weight")
                 nn.init.normal_(p, std=std / math.sqrt(2 * self.config.n_layer) if residual else std)
+
+    @torch.no_grad()
+    def know_codes(self, vectors):
+        """With code_hidden: AugVAE's codes (image_vocab, code_dim), kept with mean 0 and variance 1."""
+        if self.config.code_hidden:
+            self.token["image"].vectors.copy_((vectors - vectors.mean(0)) / vectors.std())
 
     def position_embedding(self, modality, segment):
         """Segment + position embeddings of one side of the sequence: (n, C)."""
@@ -195,7 +243,15 @@ class BiART(nn.Module):
         return x + self.position_embedding(modality, segment)[:tokens.shape[1]]
 
     def embed(self, text, image, to, null=None):
-        """The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank."""
+        """
+        The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank. In
+        training, replace_prob of the GEN image's tokens are another's: what comes next must then be read off
+        the caption, and cannot be what once followed the tokens before.
+        """
+        if to == "image" and self.training and self.config.replace_prob:
+            others = image[torch.randperm(len(image), device=image.device)]
+            replaced = torch.rand(image.shape, device=image.device) < self.config.replace_prob
+            image = torch.where(replaced, others, image)
         sides, ref = {"text": text, "image": image}, OTHER[to]
         ref_side, gen_side = self.embed_side(sides[ref], ref, REF, null), self.embed_side(sides[to], to, GEN)
         return torch.cat([ref_side, gen_side], dim=1)
@@ -243,7 +299,8 @@ class BiART(nn.Module):
         A training step's loss: samples 0, 2, 4 ... run text -> image, 1, 3, 5 ... image -> text, in one pass.
 
         text (B, n_text), image (B, n_image), null bool (B,) or None -> loss, a scalar in nats a token, the
-        mean of the two directions, and {"t2i": ..., "i2t": ...}. Each direction is the mean over its samples
+        mean of the two directions (weighted by t2i_weight and 1), and {"t2i": ..., "i2t": ...}. Each
+        direction is the mean over its samples
         of the sample's mean over its tokens, which does not depend on how a batch is spread over ranks.
         Raises ValueError where B is odd.
         """
@@ -264,7 +321,9 @@ class BiART(nn.Module):
             if c.ref_loss:
                 loss = loss + c.ref_loss * self.cross_entropy(part[:, :last_ref], sides[ref][:, 1:], ref)[0]
             losses.append(loss)
-        return sum(losses) / 2, {"t2i": losses[0].detach(), "i2t": losses[1].detach()}
+        t2i, i2t = losses
+        loss = (c.t2i_weight * t2i + i2t) / (c.t2i_weight + 1)
+        return loss, {"t2i": t2i.detach(), "i2t": i2t.detach()}
 
     # -------------------------------------------------------------------------
     # Generation: prefill reads the prompt, decode_step adds tokens, generate and beam_search choose them

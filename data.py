@@ -4,7 +4,7 @@ Captioned pictures: where they come from, how they reach a model, and how they a
 A data set has `len()`, `captions(i) -> list of str`, `image(i, min_side=0) -> PIL image in RGB`, which may be
 shrunk as long as its shorter side stays at min_side pixels, and `fingerprint() -> str`. Layouts, `--data`:
 
-    scenes    built in: one or two coloured shapes and how they lie, drawn on the fly, deterministic, no download
+    scenes    built in: one or two coloured shapes, drawn on the fly, deterministic, no download
     fake      random pixels and random words, of any size, to measure with
     imagenet  train/ and val/; beside them, if any, train_list.txt, val_list.txt: `relative/path.JPEG label`
     folder    any tree of images
@@ -253,6 +253,25 @@ def parse_caption(caption):
     return facts(things, found[5]) if any(things[0]) or found[5] else None
 
 
+def one_caption_each(references):
+    """One of each item's captions; which one changes from item to item."""
+    return [captions[i % len(captions)] for i, captions in enumerate(references)]
+
+
+def exact_rates(prompts, pictures, references, captions):
+    """
+    Of scenes: {"t2i": share of the pictures that hold what their prompts say, "i2t": share of the captions
+    that say what holds of the scene}. What a prompt or caption leaves out may be anything. references: the
+    scenes' own captions, of which the first leaves nothing out. {} for other captions.
+    """
+    said, scenes = map(parse_caption, prompts), [parse_caption(of_scene[0]) for of_scene in references]
+    if not all(scenes):
+        return {}
+    right = {"t2i": list(map(matches, said, map(read_scene, pictures))),
+             "i2t": list(map(matches, map(parse_caption, captions), scenes))}
+    return {way: sum(found) / len(scenes) for way, found in right.items()}
+
+
 def components(mask):
     """A boolean array (h, w) -> boolean arrays of its 4-connected components, largest first."""
     labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
@@ -279,13 +298,13 @@ TEMPLATES = {}  # (size, shape) -> template(), filled at first use
 
 def read_scene(image):
     """
-    The oracle: a 40x40 picture (PIL, or array (40, 40, 3) of 0..255) -> its facts(), or None where there are
-    not just one or two things. Colour is the nearest of the twelve in a thing's inside; size and shape are
+    The oracle: a PIL image, scaled to 40x40 -> its facts(), or None where it shows neither one thing nor two.
+    Colour is the nearest of the twelve in a thing's inside; size and shape are
     the template that fits best; the relation is the longer way from one centre to the other.
     """
     if not TEMPLATES:
         TEMPLATES.update({(size, shape): template(size, shape) for size in SIZES for shape in SHAPES})
-    pixels = np.asarray(image, np.float32)
+    pixels = np.asarray(image.resize((SCENE_SIDE, SCENE_SIDE), Image.BOX), np.float32)
     palette = np.array(list(COLOURS.values()), np.float32)
     distance = np.linalg.norm(pixels - np.float32(BACKGROUND), axis=2)
     found = []

@@ -42,7 +42,8 @@ import augvae
 import data
 from biart import BiART, BiARTConfig
 from tokenizer import Tokenizer
-from train import STAGES, Context, Parser, configure, fingerprint, load_augvae, load_checkpoint, build_model
+from train import (SAMPLING, STAGES, Context, Parser, build_model, configure, fingerprint, load_augvae,
+                   load_checkpoint)
 
 
 @dataclasses.dataclass
@@ -71,8 +72,8 @@ class SampleConfig:
     batch_size: int = 64  # samples made at a time; the results are the same
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
-    top_p: float = 0.9  # sample from the likeliest tokens that sum to this probability
-    guidance: float = 1.0  # classifier-free guidance: above 1 follows the given side more closely
+    top_p: float = SAMPLING["top_p"]  # sample from the likeliest tokens that sum to this probability
+    guidance: float = SAMPLING["guidance"]  # classifier-free guidance: above 1 follows what is given closer
     window: int = 0  # tokens a pass looks for, the same sample in fewer passes; 1: one by one, 0: the fastest
     seed: int = 0  # of an input's first sample; others count up from it, the next input's from 1000 further
     rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
@@ -592,11 +593,6 @@ def evaluate(run, val, heldout):
     return scores
 
 
-def one_caption_each(references):
-    """One of each item's captions; which one changes from item to item."""
-    return [captions[i % len(captions)] for i, captions in enumerate(references)]
-
-
 def reconstruction_scores(run, val, inception=None):
     """
     -> {"psnr" (dB), "ssim", "l1" (of 0 to 1)}, "lpips" and "rfid" where there are weights, means over images;
@@ -629,7 +625,7 @@ def likelihood_scores(run, val):
     of the first --eval_pairs of them: how often the right one of all images is among the one or five that
     explain a text best, by log p(text | image) (t2i), and the right text among those that explain an image.
     """
-    text = run.tokenize(one_caption_each([val.captions(i) for i in range(len(val))]))
+    text = run.tokenize(data.one_caption_each([val.captions(i) for i in range(len(val))]))
     image = torch.cat([run.encode([val.image(i) for i in indices])[0]
                        for indices in data.progress(range(len(val)), 50, "encoding")])
     sides, scores, n = {"text": text, "image": image}, {}, run.config.eval_pairs
@@ -650,8 +646,8 @@ def likelihood_scores(run, val):
 def generation_scores(run, dataset, inception=None):
     """
     Of a picture painted of one caption an item, and a caption given to its image -> "bleu1" ... "bleu4",
-    "rouge_l", "cider_d", against all captions of the item; "t2i_exact", "i2t_exact", the shares of built-in
-    scenes with all attributes and the relation right; "fid" of the paintings, where there are weights.
+    "rouge_l", "cider_d", against all captions of the item; of built-in scenes "t2i_exact", "i2t_exact", the
+    shares that are right in all that the prompt or caption says; "fid", where there are weights.
     With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
@@ -659,16 +655,16 @@ def generation_scores(run, dataset, inception=None):
     pick = {"": lambda group: min(group, key=lambda record: record["seed"] or 0)}
     if run.config.rerank > 1:
         pick["_rerank"] = lambda group: group[0]
+    prompts = data.one_caption_each(references)
     painted = [[choose(group)["picture"] for choose in pick.values()]
-               for group in run.paint_all(one_caption_each(references), run.config.rerank)]
+               for group in run.paint_all(prompts, run.config.rerank)]
     captioned = [[choose(group)["caption"] for choose in pick.values()]
                  for group in run.caption_all(images, run.config.rerank)]
-    scores, facts = {}, [data.parse_caption(captions[0]) for captions in references]
+    scores = {}
     for suffix, pictures, captions in zip(pick, zip(*painted), zip(*captioned)):
         found = caption_scores(captions, references)
-        if all(facts):  # built-in scenes
-            found["t2i_exact"] = fmean(data.read_scene(x) == fact for x, fact in zip(pictures, facts))
-            found["i2t_exact"] = fmean(data.parse_caption(x) == fact for x, fact in zip(captions, facts))
+        rates = data.exact_rates(prompts, pictures, references, captions)
+        found.update({f"{way}_exact": rate for way, rate in rates.items()})
         if inception:
             found["fid"] = frechet_distance(inception(images), inception(pictures))
         scores.update({name + suffix: value for name, value in found.items()})

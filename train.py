@@ -68,7 +68,7 @@ LOSSES = {"l2": (F.mse_loss, False), "l1": (F.l1_loss, False),  # AugVAE's pixel
 class TrainConfig:
     # The run
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (64 px, CPU), small (64), released (256), original (trained as the release)
+    preset: str = "tiny"  # tiny (40 px, CPU), small (64), released (256), original (trained as the release)
     out_dir: str = "out"  # where the run lives
     resume: bool = False  # go on with the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
@@ -123,19 +123,24 @@ class TrainConfig:
                "loss": tuple(LOSSES), "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
+# How pictures and captions are sampled unless told otherwise: in training, and by sample.py.
+SAMPLING = {"top_p": 0.7, "guidance": 2.0}
+
 # What a preset sets: under "" for every stage, then for one.
 SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20}
 SHORT_BIART = {"batch_size": 32, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
                "weight_decay": 0.1, "optimizer": "muon"}
 PRESETS = {
     "tiny": {
-        "": {"image_size": 64, "levels": (8, 4, 2), "hidden": 16, "ch_mult": (1, 2, 4, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 64, "codebook_size": 128, "codebook_dim": 8, "rate": 0.003,
-             "token_grid": 8, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
+        "": {"image_size": 40, "levels": (10, 5), "hidden": 16, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
+             "n_groups": 1, "z_channels": 64, "codebook_size": 512, "codebook_dim": 8,
+             "token_grid": 10, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {**SHORT_AUGVAE, "max_iters": 200},
-        "augvae_sl": {**SHORT_AUGVAE, "max_iters": 800},
-        "biart": {**SHORT_BIART, "max_iters": 3600, "eval_interval": 500, "log_interval": 50}},
+        "augvae_ml": {**SHORT_AUGVAE, "max_iters": 300, "rate": 0.003},
+        "augvae_sl": {**SHORT_AUGVAE, "max_iters": 2500, "rate": 0.02, "locality": 0.02,
+                      "eval_interval": 500, "log_interval": 100},
+        "biart": {**SHORT_BIART, "max_iters": 3600, "eval_interval": 500, "log_interval": 50,
+                  "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}},
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
              "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003,
@@ -181,6 +186,7 @@ class Progress:
     skipped_in_a_row: int = 0
     val_loss: float = None  # at this very step, or None where it has not been evaluated
     val_losses: list = field(default_factory=list)  # all of them
+    rates: dict = field(default_factory=dict)  # exact rates on things never seen, with val_loss
     rows: list = field(default_factory=list)  # of the log
 
 
@@ -216,13 +222,13 @@ def train(settings):
                            rank=context.rank, world=context.world, workers=settings.data.workers,
                            shuffle_buffer=settings.data.shuffle_buffer, log=bad_images)
     val_batches = validation_batches(val_view, config.batch_size, context, objective.copies)
-    log, stopping = Log(settings.path(""), objective.parts, progress, schedule, context), False
+    log, stopping = Log(settings.path(""), objective, progress, schedule, context), False
     with Signals() as signals:
         while True:
             due = progress.step % config.eval_interval == 0 or progress.step == schedule.max_iters
             if due and progress.val_loss is None:
                 picture = settings.path(f"_{progress.step:06d}.png")
-                progress.val_loss = evaluate(objective, val_batches, context, picture)
+                progress.val_loss, progress.rates = evaluate(objective, val_batches, context, picture)
                 progress.val_losses.append(progress.val_loss)
             lr = schedule.get_lr(progress.step, progress.val_losses)
             if due or progress.step == 1 or progress.step % config.log_interval == 0:
@@ -282,7 +288,10 @@ def validation_batches(view, batch_size, context, copies):
 
 @torch.no_grad()
 def evaluate(objective, batches, context, picture):
-    """-> the mean validation loss over all ranks; draws examples into the file `picture`."""
+    """
+    -> the mean validation loss over all ranks, and exact rates on things never seen, {} where there are none;
+    draws examples into the file `picture`.
+    """
     objective.eval()
     total = torch.zeros(2, device=context.device)  # of losses, of weights
     for batch, weight in batches:
@@ -292,10 +301,11 @@ def evaluate(objective, batches, context, picture):
     context.all_reduce(total)
     with context.autocast():  # on all ranks: a sharded model needs all of them
         drawn = objective.picture(*context.to_device(batches[0][0]))
+        rates = objective.exact_rates(context.device) if objective.heldout else {}
     if context.rank == 0:
         drawn.save(picture)
     objective.train()
-    return (total[0] / total[1]).item()
+    return (total[0] / total[1]).item(), rates
 
 
 @dataclass
@@ -437,7 +447,7 @@ class Trainer:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         parts = {**parts, **self.objective.after_step(skipped)}
-        progress.step, progress.val_loss = progress.step + 1, None
+        progress.step, progress.val_loss, progress.rates = progress.step + 1, None, {}
         progress.samples += progress.samples_per_step
         progress.loss, progress.loss_max = loss, max(progress.loss_max, loss)
         progress.grad_norm, progress.parts = norm, {name: float(value) for name, value in parts.items()}
@@ -460,6 +470,7 @@ class AugVAEObjective(nn.Module):
         self.pixel_loss, perceptual = LOSSES[config.loss]
         self.lpips = LPIPS(config.vgg_weights, config.lpips_weights) if perceptual else None
         self.parts = ("pixel", *["lpips"] * perceptual, "commit", "codebook_use", "perplexity")
+        self.heldout = None
 
     def forward(self, images):
         reconstruction, commitment, _ = self.model(images, collect=self.training)
@@ -491,9 +502,9 @@ class BiARTObjective(nn.Module):
     parts = ("t2i", "i2t")
     copies = 2  # of a sample in a validation batch: one runs each way
 
-    def __init__(self, biart, vae, tokenizer, parents=None):
+    def __init__(self, biart, vae, tokenizer, parents=None, heldout=None):
         super().__init__()
-        self.model, self.parents = biart, parents or {}
+        self.model, self.parents, self.heldout = biart, parents or {}, heldout
         self.helpers = vae, tokenizer  # a tuple: no submodules to be trained
 
     def forward(self, text, image, null):
@@ -502,16 +513,32 @@ class BiARTObjective(nn.Module):
     def after_step(self, skipped):
         return {}
 
+    def decode(self, codes):
+        """Image codes (B, n_image) -> PIL images."""
+        side = self.model.config.image_side
+        return [data.to_image(x) for x in self.helpers[0].decode([codes.view(-1, side, side)])]
+
+    def caption(self, codes):
+        return [self.helpers[1].decode(ids.tolist())
+                for ids in self.model.generate(codes, "text", **SAMPLING)]
+
     def picture(self, text, image, null):
         """Captions under the images painted from them; then images over the captions given to them."""
-        vae, tokenizer = self.helpers
         text, image = text[:16:2], image[:16:2]
-        painted = self.model.generate(text, "image")
-        written = self.model.generate(image, "text")
-        side = self.model.config.image_side
-        pixels = torch.cat([vae.decode([codes.view(-1, side, side)]) for codes in (painted, image)])
-        captions = [tokenizer.decode(ids.tolist()) for ids in torch.cat([text, written])]
-        return data.contact_sheet([data.to_image(x) for x in pixels], captions, columns=len(text))
+        pictures = self.decode(torch.cat([self.model.generate(text, "image", **SAMPLING), image]))
+        captions = [self.helpers[1].decode(ids.tolist()) for ids in text] + self.caption(image)
+        return data.contact_sheet(pictures, captions, columns=len(text))
+
+    def exact_rates(self, device):
+        """Of scenes with things never seen: {"t2i": share painted right, "i2t": share captioned right}."""
+        (vae, tokenizer), scenes = self.helpers, self.heldout
+        references = [scenes.captions(i) for i in range(len(scenes))]
+        prompts = data.one_caption_each(references)
+        text = [tokenizer.encode_padded(prompt, self.model.config.n_text)[0] for prompt in prompts]
+        images = [data.crop_to_tensor(scenes.image(i), vae.config.image_size) for i in range(len(scenes))]
+        codes = vae.encode(torch.stack(images).to(device))[0].flatten(1)
+        painted = self.decode(self.model.generate(torch.tensor(text, device=device), "image", **SAMPLING))
+        return data.exact_rates(prompts, painted, references, self.caption(codes))
 
 
 def prepare_augvae(settings, train_set, val_set, _context):
@@ -542,7 +569,10 @@ def prepare_biart(settings, train_set, val_set, context):
     parents = {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
     biart_config = replace(
         settings.biart, text_vocab=len(tokenizer), end_token=tokenizer.end, pad_token=tokenizer.pad,
-        image_vocab=vae.config.codebook_size, image_side=vae.config.single_level)
+        image_vocab=vae.config.codebook_size, image_side=vae.config.single_level,
+        code_dim=vae.config.codebook_dim)
+    biart = BiART(biart_config)
+    biart.know_codes(vae.codebook.weight.cpu())
 
     @torch.no_grad()
     def encode(images):
@@ -560,13 +590,16 @@ def prepare_biart(settings, train_set, val_set, context):
 
     train_view = view("train", train_set, config.cache_crops, biart_config.null_prob)
     val_view = view("val", val_set, 1, 0.0)
-    return BiARTObjective(BiART(biart_config), vae, tokenizer, parents), train_view, val_view
+    heldout = data.Scenes("heldout", 64) if settings.data.data == "scenes" else None
+    return BiARTObjective(biart, vae, tokenizer, parents, heldout), train_view, val_view
 
 
 def read_augvae(name, settings):
     """That of --init_from, else of this stage in out_dir. ValueError where it contradicts what was given."""
     given, own = settings.train.init_from, os.path.join(settings.train.out_dir, f"{name}.pt")
     vae = load_augvae(given) if given else build_model(AugVAE, AugVAEConfig, load_checkpoint(own, name))
+    if settings.stage != "biart":  # each stage of AugVAE has its own of these; BiART's tokens keep theirs
+        vae.config.rate, vae.config.locality = settings.augvae.rate, settings.augvae.locality
     side = vae.config.single_level or settings.train.token_grid
     for key, value in {**asdict(vae.config), "token_grid": side}.items():
         if settings.given.get(key, value) != value:
@@ -1019,12 +1052,12 @@ def run_again(forward, *args, **kwargs):
 class Log:
     """{stem}.csv, a row a logged step; {stem}_loss.png, drawn from it; and a line on the screen. Rank 0's."""
 
-    def __init__(self, stem, parts, progress, schedule, context):
+    def __init__(self, stem, objective, progress, schedule, context):
         self.stem, self.stage, self.last = stem, os.path.basename(stem), schedule.max_iters
         self.start, self.began, self.busy = progress.step, time.time(), 0.0  # busy: seconds in steps
         self.context, self.rows = context, progress.rows
         self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped",
-                        *parts]
+                        *objective.parts, *["heldout_t2i", "heldout_i2t"] * bool(objective.heldout)]
         self.rows[:] = [row for row in self.rows if row["step"] < self.start]  # the last comes again
         if context.rank == 0:
             with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
@@ -1036,12 +1069,15 @@ class Log:
 
     def write(self, p, lr, draw=False):
         """A Progress: its loss is that of the step itself, loss_max the highest since the row before."""
+        rates = "".join(f" {name} {rate:.0%}" for name, rate in p.rates.items())
+        rates = rates and f" | heldout{rates}"
         if p.step == 0:
-            return self.context.print0(f"{self.stage} 0/{self.last} val {p.val_loss:.4f}")
+            return self.context.print0(f"{self.stage} 0/{self.last} val {p.val_loss:.4f}{rates}")
         done = p.step - self.start
         speed = done * p.samples_per_step / self.busy if self.busy else 0.0
         eta = int((time.time() - self.began) / max(1, done) * (self.last - p.step))
-        found = {**vars(p), **p.parts, "lr": lr, "images_per_s": speed}
+        found = {**vars(p), **p.parts, "lr": lr, "images_per_s": speed,
+                 **{f"heldout_{name}": rate for name, rate in p.rates.items()}}
         self.rows.append({name: found[name] for name in self.columns if name in found})
         p.loss_max = 0.0
         if self.context.rank:
@@ -1051,13 +1087,16 @@ class Log:
         print(f"{self.stage} {p.step}/{self.last} loss {p.loss:.4f} "
               + " ".join(f"{name} {value:.4g}" for name, value in p.parts.items())
               + (f" | skipped {p.skipped}" if p.skipped else "")
-              + (f" | val {p.val_loss:.4f}" if p.val_loss is not None else "")
+              + (f" | val {p.val_loss:.4f}{rates}" if p.val_loss is not None else "")
               + f" | lr {lr:.1e} | {speed:.0f} images/s | ETA {eta // 60}:{eta % 60:02d}", flush=True)
         if draw:
             self.draw()
 
     def draw(self, width=640, height=360, margin=50, scale=3):
-        """Training loss (grey) and validation loss (red), logarithmic; drawn larger and reduced."""
+        """
+        Training loss (grey) and validation loss (red), logarithmic, and exact rates on things never seen, 0
+        at the bottom and 100 % at the top; drawn larger and reduced.
+        """
         curves = [(name, colour, [(row["step"], math.log10(row[name])) for row in self.rows
                                   if row[name] is not None and 0 < row[name] < math.inf])
                   for name, colour in (("loss", (150, 150, 160)), ("val_loss", (214, 48, 49)))]
@@ -1081,6 +1120,12 @@ class Log:
         for i, (name, colour, curve) in enumerate(curves):
             draw.line([at(x, y) for x, y in curve], fill=colour, width=2 * scale)
             draw.text(((margin + 10 + 90 * i) * scale, 4 * scale), name, fill=colour, font=font)
+        for name, colour in (("heldout_t2i", (41, 98, 216)), ("heldout_i2t", (39, 174, 96))):
+            curve = [(row["step"], low + (high - low) * row[name]) for row in self.rows if name in row]
+            if curve:
+                draw.line([at(x, y) for x, y in curve], fill=colour, width=2 * scale)
+                draw.text(at(*curve[-1], -75, -18), name, fill=colour, font=font)
+                draw.text(at(right, high, -30, -18), "100 %", fill="black", font=font)
         draw.text(((width - 2 * margin) * scale, 4 * scale), self.stage, fill="black", font=font)
         image.reduce(scale).save(f"{self.stem}_loss.png")
 
