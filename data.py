@@ -160,12 +160,12 @@ def paraphrases(things, relation, rng):
 
     captions = []
     for i, (beginning, article) in enumerate(PHRASES):
-        in_order, rel = list(things), relation
+        in_order, rel = things, relation
         if relation and (i in BACKWARD) == (relation in ("left of", "above")):
-            in_order, rel = in_order[::-1], OPPOSITE[relation]
-        said = [name(thing, article, i < N_FULL) for thing in in_order]
-        link = f" is {rel} " if article == "the" else f" {rel} "
-        captions.append(beginning + link.replace(str(rel), rng.choice(WORDS.get(rel, ("",)))).join(said))
+            in_order, rel = things[::-1], OPPOSITE[relation]
+        first, *second = (name(thing, article, i < N_FULL) for thing in in_order)
+        link = ["is"] * (article == "the") + [rng.choice(WORDS[rel])] if second else []
+        captions.append(beginning + " ".join([first, *link, *second]))
     return captions
 
 
