@@ -988,7 +988,7 @@ def serve(run):
     except OSError as e:
         raise ValueError(f"cannot listen on --host {c.host} --port {c.port} ({e.strerror})") from None
     where = "localhost" if c.host in LOCAL else f"[{c.host}]" if ":" in c.host else c.host
-    print(f"http://{where}:{server.server_port} paints and captions; Ctrl-C ends it", flush=True)
+    print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
     if c.host not in LOCAL:
         print("whoever reaches this port can use it: there is no password, no encryption", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
