@@ -957,6 +957,7 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, run):
         self.run, self.page, self.queue, self.ending = run, page(run, live=True).encode(), [], False
+        Image.MAX_IMAGE_PIXELS = MOST["pixels"] // 2  # Pillow refuses what has twice as many
         self.reading, self.free = threading.Lock(), threading.Semaphore(MOST["connections"])
         self.address_family = socket.AF_INET6 if ":" in run.config.host else socket.AF_INET
         super().__init__((run.config.host, run.config.port), Handler)
@@ -982,7 +983,7 @@ class Server(ThreadingHTTPServer):
 
 def serve(run):
     """Until Ctrl-C or SIGTERM. Raises ValueError where there is no listening."""
-    c, Image.MAX_IMAGE_PIXELS = run.config, MOST["pixels"] // 2  # Pillow refuses what has twice as many
+    c = run.config
     try:
         server = Server(run)
     except OSError as e:
