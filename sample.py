@@ -800,6 +800,7 @@ class Handler(BaseHTTPRequestHandler):
     {"error": ...}. Nothing of a request names a file.
     """
     timeout = 20  # s that a read or write may take; a whole request may take as long, too
+    default_request_version = "HTTP/1.0"  # of what cannot be read: 0.9 has no status
     started = False  # whether the answer has begun
 
     def setup(self):
@@ -989,9 +990,9 @@ def serve(run):
     except OSError as e:
         raise ValueError(f"cannot listen on --host {c.host} --port {c.port} ({e.strerror})") from None
     where = "localhost" if c.host in LOCAL else f"[{c.host}]" if ":" in c.host else c.host
-    print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
     if c.host not in LOCAL:
-        print("whoever reaches this port can use it: there is no password, no encryption", flush=True)
+        print("whoever reaches this port can use it: there is no password, no encryption")
+    print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
@@ -1022,7 +1023,7 @@ def export(run, folder):
     for stage, model in (("augvae_sl", run.vae), ("biart", run.biart)):
         halved = {name: p.data.half() for name, p in model.named_parameters()}
         path = os.path.join(folder, f"{stage}.pt")
-        save_checkpoint(path, {"stage": stage, "settings": settings, "progress": {}, **parents,
+        save_checkpoint(path, {"stage": stage, "settings": settings, "progress": {"step": 0}, **parents,
                                "config": dataclasses.asdict(model.config),
                                "model": {**model.state_dict(), **halved}})
     run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
