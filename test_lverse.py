@@ -4599,10 +4599,11 @@ def test_the_page_in_a_browser(server, loaded, browse, tmp_path):
     urls = page.run("[...document.querySelectorAll('.painting img')].map(image => image.src)")
     for url, expected in zip(urls, loaded.paint(prompt, n=8, seed=3, rerank=8)):
         assert np.array_equal(shown(url), expected)
-    assert "explains the caption best comes first" in page.run("document.getElementById('status').textContent")
+    said = page.run("document.getElementById('status').textContent")
+    assert "explains the caption best comes first" in said
     # one of them back: what does it show, and what else could begin like this?
     page.run("document.querySelectorAll('.painting button')[2].click()")
-    page.run("document.querySelector('.tools button.caption').click()")
+    page.run("document.querySelector('.tools .caption button').click()")
     page.wait(idle + "document.querySelectorAll('.says li').length > 0")
     picture = Image.fromarray(shown(urls[2]))
     said = page.run("[...document.querySelectorAll('.says button')].map(x => x.firstChild.textContent)")
@@ -4612,7 +4613,8 @@ def test_the_page_in_a_browser(server, loaded, browse, tmp_path):
     page.run("document.querySelector('.tools button.complete').click()")
     page.wait(idle + "document.querySelectorAll('.painting').length == 16")
     url = page.run("document.querySelector('.painting img').src")
-    assert np.array_equal(shown(url), loaded.paint("two crosses", 8, picture, keep_rows=6, seed=3, rerank=8)[0])
+    completed = loaded.paint("two crosses", 8, picture, keep_rows=6, seed=3, rerank=8)
+    assert np.array_equal(shown(url), completed[0])
     # a file is dropped; what is no picture is refused with a sentence
     drop = """{const data = new DataTransfer(), bytes = Uint8Array.from(atob('%s'), c => c.charCodeAt(0));
               data.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
@@ -4620,7 +4622,7 @@ def test_the_page_in_a_browser(server, loaded, browse, tmp_path):
     page.run(drop % png(data.Scenes("val", 1).image(0)))
     page.wait(idle + "document.querySelectorAll('.captioned').length == 2")
     assert page.run("document.querySelector('.captioned .pair img').naturalWidth") == 64
-    assert page.run("document.documentElement.scrollWidth") == 390  # nothing to scroll to on a phone
+    assert page.run("innerWidth") == 390 and page.run("document.documentElement.scrollWidth <= 390")
     assert not page.faults
     page.run(drop % base64.b64encode(b"no picture").decode())
     page.wait("document.getElementById('status').textContent.includes('not an image that can be read')")
