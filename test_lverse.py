@@ -4579,7 +4579,7 @@ def browse(tmp_path):
 
     def browse(url, width=1280):
         browsers.append(Browser(tmp_path / f"profile_{len(browsers)}", url, width))
-        browsers[-1].wait("document.readyState == 'complete'")
+        browsers[-1].wait("location.href != 'about:blank' && document.readyState == 'complete'")
         return browsers[-1]
     yield browse
     for browser in browsers:
