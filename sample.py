@@ -801,6 +801,7 @@ class Handler(BaseHTTPRequestHandler):
     """
     timeout = 20  # s that a read or write may take; a whole request may take as long, too
     default_request_version = "HTTP/1.0"  # of what cannot be read: 0.9 has no status
+    server_version, sys_version = "sample.py", ""
     started = False  # whether the answer has begun
 
     def setup(self):
@@ -944,9 +945,6 @@ class Handler(BaseHTTPRequestHandler):
             while self.deadline.is_alive() and self.connection.recv(2 ** 16):
                 pass  # closing on what is not read yet would take the answer back
 
-    def version_string(self):
-        return "sample.py"
-
     def log_message(self, *_):
         pass
 
@@ -956,8 +954,8 @@ class Server(ThreadingHTTPServer):
     request_queue_size = 128
     server_bind = socketserver.TCPServer.server_bind  # looks up no name, which may take long
 
-    def __init__(self, run):
-        self.run, self.page, self.queue, self.ending = run, page(run, live=True).encode(), [], False
+    def __init__(self, run, page):
+        self.run, self.page, self.queue, self.ending = run, page.encode(), [], False
         Image.MAX_IMAGE_PIXELS = MOST["pixels"] // 2  # Pillow refuses what has twice as many
         self.reading, self.free = threading.Lock(), threading.Semaphore(MOST["connections"])
         self.address_family = socket.AF_INET6 if ":" in run.config.host else socket.AF_INET
@@ -984,9 +982,9 @@ class Server(ThreadingHTTPServer):
 
 def serve(run):
     """Until Ctrl-C or SIGTERM. Raises ValueError where there is no listening."""
-    c = run.config
+    c, content = run.config, page(run, live=True)
     try:
-        server = Server(run)
+        server = Server(run, content)
     except OSError as e:
         raise ValueError(f"cannot listen on --host {c.host} --port {c.port} ({e.strerror})") from None
     where = "localhost" if c.host in LOCAL else f"[{c.host}]" if ":" in c.host else c.host
@@ -1090,7 +1088,7 @@ def check_uses(c, given):
     uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export")
             if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
-    texts = ("prompt", "prompts", "image", "prefix", "reconstruct", "export")
+    texts = ("prompt", "prompts", "image", "prefix", "reconstruct", "host", "export")
     mistakes = [
         *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
         *((getattr(c, name) and not c.image, f"--{name} needs --image")

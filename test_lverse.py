@@ -4212,8 +4212,9 @@ def test_what_is_no_exported_run_is_refused(finished, exported, tmp_path):
         sample_module.main(["--out_dir", str(folder), "--export", f"{folder}/../scenes"])
     with pytest.raises(ValueError, match="weights alone: there is nothing to resume"):
         train.main(["--resume", "--out_dir", str(folder)])
-    for arguments in (["--export="], ["--serve", "--html"], ["--serve", "--prompt=a"], ["--serve", "--n=65"]):
-        with pytest.raises(ValueError, match="export is empty|leave out|different uses|64 pictures"):
+    for arguments in (["--export="], ["--serve", "--html"], ["--serve", "--host="], ["--serve", "--prompt=a"],
+                      ["--serve", "--n=65"]):
+        with pytest.raises(ValueError, match="is empty|leave out|different uses|64 pictures"):
             sample_module.main(["--out_dir", str(folder), *arguments])
 
 
@@ -4239,7 +4240,8 @@ def test_generation_shows_its_steps_and_can_be_ended():
 def server(loaded, monkeypatch):
     """The miniature run's page, served from a thread."""
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # to be put back
-    server = sample_module.Server(loaded.with_settings(port=0))
+    run = loaded.with_settings(port=0)
+    server = sample_module.Server(run, sample_module.page(run, live=True))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
