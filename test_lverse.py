@@ -549,7 +549,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
     assert (whole - small).abs().mean() < 0.02
 
 
-def denied(*_arguments):
+def denied(*_arguments, **_named):
     raise PermissionError(13, "Permission denied")
 
 
