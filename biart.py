@@ -371,7 +371,7 @@ class BiART(nn.Module):
 
     @torch.no_grad()
     def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
-                 seeds=None, window=0):
+                 seeds=None, window=0, on_step=None):
         """
         Sample the GEN side from the REF side, with a key-value cache.
 
@@ -387,6 +387,8 @@ class BiART(nn.Module):
             picks the token that follows, d e f g, by that token's own random number. d is right. If x = d,
             e is right too; if then y is not e, f and g are guesses, and the next pass takes e f g g.
             1 is token by token; 0 takes what was fastest on a CPU for so many images, and 1 elsewhere.
+        on_step: called before each pass with the tokens so far, as below, and how many of each sample are
+            known (B * n,); the others are guesses. What it raises ends the work.
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
         self.passes says how many passes it took, that through the prompt aside.
@@ -439,6 +441,9 @@ class BiART(nn.Module):
                 torch.distributed.all_reduce(going)
             return torch.stack([going.to(hits), pos.max().to(hits), hits]).tolist()
 
+        def so_far():
+            return torch.cat([prefix[:, None].expand(B, n, m), tokens[..., :total - m]], 2).flatten(0, 1)
+
         logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
         tokens[:] = sample(logits[:, None, None].expand(B, n, 1, -1), pos)  # the first, and guesses
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
@@ -451,11 +456,13 @@ class BiART(nn.Module):
                 if not going:
                     break
                 W = window if lately >= 0.5 else 1  # too few guesses are right: go token by token
+            if on_step:
+                on_step(so_far(), m + 1 + pos.flatten())
             kv_len = -(-(int(farthest) + W) // multiple) * multiple
             step(min(kv_len, len(position)), W)
             farthest += W
             self.passes += 1
-        tokens = torch.cat([prefix[:, None].expand(B, n, m), tokens[..., :total - m]], 2).flatten(0, 1)
+        tokens = so_far()
         if to == "text":
             ended = (tokens == c.end_token).long()
             tokens = tokens.masked_fill(ended.cumsum(1) > ended, c.pad_token)

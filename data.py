@@ -358,15 +358,16 @@ def count_read_errors(log):
     return 0
 
 
-def load_image(file, min_side=0, name=None):
+def load_image(file, min_side=0, name=None, formats=None):
     """
     Any file that Pillow reads (a path, or an open file and its name) -> PIL image in RGB, upright by its EXIF
     tag, transparency laid over white, 16-bit grey scaled to 8. A JPEG is decoded at 1/2, 1/4 or 1/8 of its
-    size where its shorter side stays at `min_side` pixels or more; 0 keeps its size.
+    size where its shorter side stays at `min_side` pixels or more; 0 keeps its size. `formats`: Pillow's
+    names of those to try, None for all.
     Raises Unreadable where it is no whole image, or has more pixels than twice Pillow's MAX_IMAGE_PIXELS.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=formats) as image:
             if min_side:
                 image.draft("RGB", (min_side, min_side))
             image.load()

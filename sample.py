@@ -11,6 +11,8 @@ $ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4
 $ python sample.py --image picture.png --variations paint what the captions say of it
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
 $ python sample.py --eval --rerank 8                scores on validation data, one JSON object last
+$ python sample.py --serve                          a page to play with, on http://localhost:8000
+$ python sample.py --export assets/scenes           the run as weights alone, to be used as --out_dir
 
 --save_dir gets pictures, a contact sheet, samples.json (prompts, seeds, settings, scores) or scores.json, and
 with --html page.html: all of it, and the run's curves and grids. From Python, see load().
@@ -20,30 +22,41 @@ network); BLEU, Papineni et al. 2002, ROUGE-L, Lin 2004, CIDEr-D, Vedantam et al
 https://arxiv.org/abs/1411.5726, as the MS-COCO caption evaluation computes them.
 """
 import base64
+import contextlib
 import copy
 import dataclasses
-import html
+import io
 import itertools
 import json
 import math
 import os
 import re
+import select
+import signal
+import socket
+import socketserver
 import sys
+import threading
+import time
+import traceback
 from collections import Counter
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 import augvae
 import data
 from biart import BiART, BiARTConfig
 from tokenizer import Tokenizer
-from train import (SAMPLING, STAGES, Context, Parser, build_model, configure, fingerprint, load_augvae,
-                   load_checkpoint)
+from train import (SAMPLING, STAGES, Context, Parser, TrainConfig, build_model, configure, fingerprint,
+                   load_augvae, load_checkpoint, save_checkpoint)
 
 
 @dataclasses.dataclass
@@ -65,6 +78,10 @@ class SampleConfig:
     eval: bool = False  # score reconstruction and both directions on validation data
     eval_items: int = 200  # validation items to score
     eval_pairs: int = 64  # so many of them for retrieval, each image against each caption
+    serve: bool = False  # a page to paint and caption on, at --host and --port
+    host: str = "127.0.0.1"  # serve: where to listen; others than this are open to other machines
+    port: int = 8000  # serve: where to listen; 0 takes a free one
+    export: str = ""  # put the run's weights alone into this folder, parameters as float16
     bench: bool = False  # measure decoding of a model of 12 x 512 instead, in float32 if --dtype is auto
     json: bool = False  # bench: print one JSON object last
     # How to sample, in both directions
@@ -91,9 +108,9 @@ class SampleConfig:
 
     limits = {"window": "[0, 1024]", "keep_rows": "[0, inf)", "eval_items": "[1, inf)",
               "eval_pairs": "[1, inf)", "n": "[1, 1000]", "batch_size": "[1, inf)",
-              "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, inf)",
+              "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, 1e6]",
               "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "beam": "[0, inf)",
-              "length_penalty": "[0, inf)"}
+              "length_penalty": "[0, inf)", "port": "[0, 65535]"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 
@@ -130,26 +147,29 @@ class Run:
         if biart:
             self.load_biart()
 
-    def candidates(self, ref, to, n=1, indices=None, prefix=None):
+    def candidates(self, ref, to, n=1, indices=None, prefix=None, on_step=None):
         """
         The heart of all uses: generate the GEN side of inputs, look at it from both directions, and order it.
 
         ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
-        indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ...
+        indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ... on_step: as
+        generate() calls it.
         -> for each input a list of n records in the order drawn; with --rerank all of them, best first:
         {"tokens": (n_gen,), "seed": what gives them again (None for beams), "scores": {"forward":
         log p(candidate | input), "reverse": log p(input | candidate)}, nats}.
         """
         c, n = self.config, max(n, self.config.rerank)
+        # float32 holds no less: what is below comes to the same
+        temperature, top_p = c.temperature if c.temperature > 1e-6 else 0, max(c.top_p, 1e-6)
         with self.context.autocast():
             if to == "text" and c.beam:
                 tokens, _ = self.biart.beam_search(ref, c.beam, prefix, c.length_penalty, c.guidance)
                 seeds = [[None] * c.beam for _ in ref]
             else:
                 seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices or range(len(ref))]
-                tokens = self.biart.generate(ref, to, n, prefix, c.temperature, c.top_k, c.top_p, c.guidance,
+                tokens = self.biart.generate(ref, to, n, prefix, temperature, c.top_k, top_p, c.guidance,
                                              seeds=[seed for row in seeds for seed in row],
-                                             window=c.window)
+                                             window=c.window, on_step=on_step)
             tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
             forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
         groups = []
@@ -167,7 +187,7 @@ class Run:
         share = self.config.rerank_forward
         return share * forward + (1 - share) * reverse
 
-    def paint_all(self, prompts, n=1, images=None):
+    def paint_all(self, prompts, n=1, images=None, on_step=None):
         """
         Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt".
         images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
@@ -176,12 +196,12 @@ class Run:
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
-            for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix)):
+            for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix, on_step)):
                 pixels = self.decode(torch.stack([record["tokens"] for record in group[:n]]))
                 yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
                        for x, record in zip(pixels, group)]
 
-    def caption_all(self, images, n=1):
+    def caption_all(self, images, n=1, on_step=None):
         """PIL images -> yields for each n records with "picture", as encoded, and "caption"."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
@@ -189,7 +209,7 @@ class Run:
         for indices in self.input_batches(len(images), n, "captioning"):
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
-            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix)):
+            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix, on_step)):
                 yield [{"picture": data.to_image(x),
                         "caption": self.tokenizer.decode(record["tokens"].tolist()).strip(), **record}
                        for record in group[:n]]
@@ -203,8 +223,7 @@ class Run:
     def paint(self, prompt, n=1, image=None, **settings):
         """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
         run, images = self.with_settings(**settings), [image] if image else None
-        if bool(images) != bool(run.config.keep_rows):
-            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
+        run.check_kept(images)
         return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
 
     def caption(self, image, n=1, **settings):
@@ -217,6 +236,14 @@ class Run:
         with self.context.autocast():
             t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
         return {"t2i": t2i.item(), "i2t": i2t.item()}
+
+    def check_kept(self, images):
+        """Raises ValueError unless there are images to complete, and --keep_rows fits, or neither."""
+        kept, side = self.config.keep_rows, self.image_side
+        if bool(images) != bool(kept):
+            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
+        if kept >= side:
+            raise ValueError(f"--keep_rows {kept} is not in 1 to {side - 1}, of {side} rows of tokens")
 
     def crop(self, image):
         """PIL image -> (3, size, size) in [-1, 1], as the models take it."""
@@ -256,7 +283,8 @@ class Run:
             raise ValueError(f"{path} was trained with another augvae than the one in {c.vae or c.out_dir}")
         if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
             raise ValueError(f"{path} was trained with another tokenizer than the one in {c.out_dir}")
-        self.biart = build_model(BiART, BiARTConfig, checkpoint).to(self.context.device, self.context.dtype)
+        biart = build_model(BiART, BiARTConfig, checkpoint, path)
+        self.biart = biart.to(self.context.device, self.context.dtype)
 
     def with_settings(self, **settings):
         """The same models, sampled by other settings. What they were loaded by (device, ...) stays."""
@@ -352,9 +380,8 @@ def save_captions(run, shown):
 def save_repaintings(run, shown):
     """Each image, then n more that begin with its first rows: painted by --prompt, or by its captions."""
     c, n, images = run.config, run.config.n, [record["picture"] for record in shown]
-    if c.keep_rows >= run.image_side:
-        raise ValueError(f"--keep_rows {c.keep_rows} is not in 1 to {run.image_side - 1}, "
-                         f"of {run.image_side} rows of tokens")
+    if c.keep_rows:
+        run.check_kept(images)
     prompts, n_each = [c.prompt] * len(images), n
     if c.variations:
         n, n_each = min(n, c.beam or n), 1
@@ -672,44 +699,330 @@ def generation_scores(run, dataset, inception=None):
 
 
 # -----------------------------------------------------------------------------
-# A page of it all
+# A page of it all, in a file or live
 
-STYLE = """<!doctype html><meta charset="utf-8"><style>
-body {font: 14px sans-serif; margin: 2em auto; max-width: 1000px; color: #222}
-figure {display: inline-block; vertical-align: top; margin: 6px}
-img {width: 100%; image-rendering: pixelated}</style>"""
-
-
-def html_lines(pairs):
-    """A dict as lines `name: value`."""
-    return "<br>".join(html.escape(f"{name}: {value}") for name, value in pairs.items())
+MOST = {"bytes": 10_000_000, "characters": 2000, "n": 64, "pixels": 50_000_000, "connections": 64}  # served
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
+PLAYED = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "keep_rows")  # settings of the page
+LOCAL = {"127.0.0.1", "localhost", "::1"}
 
 
-def html_figure(path, text, width="100%"):
-    """A PNG file, and HTML below."""
-    picture = base64.b64encode(Path(path).read_bytes()).decode()
-    return (f'<figure style="width: {width}"><img src="data:image/png;base64,{picture}" alt="">'
-            f'<figcaption>{text}</figcaption></figure>')
+def data_url(picture):
+    """A PIL image, or the path of a PNG file -> its PNG as text that a page shows."""
+    png = io.BytesIO()
+    png.write(picture.read_bytes()) if isinstance(picture, Path) else picture.save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
 
-def write_page(run):
-    """page.html: scores, samples, curves and grids from save_dir and out_dir, in one file without scripts."""
-    out_dir, save_dir = Path(run.config.out_dir).absolute(), Path(run.save_dir)
-    title = html.escape(out_dir.name)
-    parts = [STYLE, f"<title>{title}</title><h1>{title}</h1>"]
-    for path in filter(Path.exists, (save_dir / "scores.json", save_dir / "samples.json")):
-        made = json.loads(path.read_text(encoding="utf-8"))
-        figures = [html_figure(save_dir / entry["file"], html_lines(entry), "150px")
-                   for entry in made.get("samples", ())]
-        parts += [f"<h2>{path.stem}</h2>", *figures, html_lines(made.get("scores", {})),
-                  f"<details><summary>settings</summary>{html_lines(made['settings'])}</details>"]
+def page(run, live=False):
+    """
+    assets/page.html with the run's scores, samples, curves and grids from save_dir and out_dir in it, one
+    file to send around; or, live, with controls that ask serve() in place of the samples.
+    """
+    out_dir, save_dir, made, figures = Path(run.config.out_dir).absolute(), Path(run.save_dir), {}, {}
+    for path in filter(Path.exists, (save_dir / f"{name}.json" for name in ("scores", "samples")[:2 - live])):
+        made[path.stem] = json.loads(path.read_text(encoding="utf-8"))
+    for entry in made.get("samples", {}).get("samples", ()):
+        entry["picture"] = data_url(save_dir / entry["file"])
     for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
         grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
         chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
-        figures = [html_figure(path, path.name) for path in (*out_dir.glob(f"{stage}_loss.png"), *chosen)]
-        parts += [f"<h2>{stage}</h2>", *figures] if figures else []
-    (save_dir / "page.html").write_text("\n".join(parts), encoding="utf-8")
-    print(f"wrote {save_dir / 'page.html'}")
+        figures[stage] = {path.name: data_url(path) for path in (*out_dir.glob(f"{stage}_loss.png"), *chosen)}
+    content = {"title": out_dir.name, "live": live, "side": run.image_side, "most": MOST, "made": made,
+               "figures": figures, "settings": {name: getattr(run.config, name) for name in PLAYED}}
+    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # nothing in it ends the script
+    template = Path(__file__).with_name("assets") / "page.html"
+    return template.read_text(encoding="utf-8").replace(">DATA<", f">{text}<", 1)
+
+
+def read_request(run, path, body):
+    """
+    -> the run with the settings that a request's JSON asks for, the prompt to /paint, or "", and the image to
+    /caption or to complete, a PIL image as the models take it, or None. ValueError, a sentence, for all else.
+    """
+    kinds = {f.name: f.type for f in dataclasses.fields(SampleConfig) if f.name in PLAYED}
+    try:
+        asked = json.loads(body)
+        settings = {name: float(str(value)) if kinds.get(name) is float and type(value) is int else value
+                    for name, value in asked.items()}  # a whole number may be too large for a float
+    except (ValueError, AttributeError, RecursionError):
+        raise ValueError("the request is not an object in JSON") from None
+    for name, value in settings.items():
+        kind = {"prompt": str, "image": str, **kinds}.get(name)
+        if type(value) is not kind:
+            raise ValueError(f"{name} is not {kind.__name__}" if kind else f"no setting: {name[:50]!r}")
+    prompt, image = (settings.pop(name, "") for name in ("prompt", "image"))
+    if len(prompt) > MOST["characters"]:
+        raise ValueError(f"the prompt is longer than {MOST['characters']:,} characters")
+    n = settings.get("n", run.config.n)
+    if n > MOST["n"]:
+        raise ValueError(f"--n {n} is above {MOST['n']}, the most at a time")
+    run = run.with_settings(**{**settings, "n": n, "rerank": n})
+    if path == "/paint":
+        if not prompt.strip():
+            raise ValueError("the prompt is empty")
+        run.check_kept(image)
+    elif not image:
+        raise ValueError("there is no picture to caption")
+    if image:
+        try:
+            content = io.BytesIO(base64.b64decode(image, validate=True))
+        except ValueError:
+            raise ValueError("the picture is not in base64") from None
+        image = data.to_image(run.crop(data.load_image(content, name="the file", formats=FORMATS)))
+    return run, prompt, image or None
+
+
+def prompt_notes(run, prompt):
+    """Sentences on what of a prompt is lost on the model."""
+    ids, cut = run.tokenizer.encode_padded(prompt, run.biart.config.n_text)
+    notes = [f"The prompt is too long: only “{run.tokenizer.decode(ids)}” was read."] if cut else []
+    if configure(run.settings, "biart", data.DataConfig)[0].data == "scenes":  # each known word is one token
+        unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt))
+                   if min(len(run.tokenizer.encode(text)) for text in (word, f" {word}")) > 1]
+        notes += [f"Words the model has never seen: {', '.join(unknown)}."] if unknown else []
+    return notes
+
+
+class Refused(Exception):
+    """An HTTP status, and a sentence."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    """
+    GET / is the page; POST /paint and /caption stream lines of JSON: {"waiting": requests before this one},
+    {"notes": [...]}, {"known": tokens of each sample, "pictures": [...]}, {"records": [...]} last, or
+    {"error": ...}. Nothing of a request names a file.
+    """
+    timeout = 20  # s that a read or write may take; a whole request may take as long, too
+    default_request_version = "HTTP/1.0"  # of what cannot be read: 0.9 has no status
+    server_version, sys_version = "sample.py", ""
+    started = False  # whether the answer has begun
+
+    def setup(self):
+        super().setup()
+        self.deadline = threading.Timer(self.timeout, self.hang_up)
+        self.deadline.daemon = True
+        self.deadline.start()
+
+    def finish(self):
+        self.deadline.cancel()
+        super().finish()
+
+    def hang_up(self, how=socket.SHUT_RDWR):
+        with contextlib.suppress(OSError):  # where the client did
+            self.connection.shutdown(how)
+
+    def do_GET(self):
+        try:
+            self.check_sender()
+            if self.command == "POST":
+                self.post()
+            elif self.path != "/":
+                raise Refused(404, "there is nothing at this address")
+            else:
+                self.head(200, "text/html")
+                self.wfile.write(self.server.page)
+        except Refused as e:
+            self.send_error(*e.args)
+        except OSError:
+            pass  # the client left
+        except Exception:
+            traceback.print_exc()
+            self.send_error(500, "something went wrong on the server")
+
+    do_POST = do_GET
+
+    def check_sender(self):
+        """Keeps other sites from using a visitor's server, by a form or by a name of theirs for it."""
+        host = self.headers.get("Host", "")
+        known = {*LOCAL, self.server.run.config.host, self.connection.getsockname()[0]}
+        if (re.sub(r":\d*$", "", host).strip("[]") not in known
+                or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
+            raise Refused(403, "this server answers its own page alone")
+
+    def post(self):
+        work = {"/paint": self.paint, "/caption": self.caption}.get(self.path)
+        if not work:
+            raise Refused(404, "there is nothing at this address")
+        body = self.body()
+        self.deadline.cancel()
+        try:
+            with self.server.reading:  # one large picture at a time
+                run, prompt, image = read_request(self.server.run, self.path, body)
+            notes = prompt_notes(run, prompt)
+        except (ValueError, OverflowError) as e:
+            raise Refused(400, str(e)) from None
+        with self.turn():
+            self.send(notes=notes)
+            work(run, prompt, image)
+
+    def body(self):
+        length = self.headers.get("Content-Length")
+        if length is None or "Transfer-Encoding" in self.headers:
+            raise Refused(411, "a request needs a Content-Length")
+        if not re.fullmatch("[0-9]{1,20}", length):
+            raise Refused(400, "the Content-Length is no number")
+        if int(length) > MOST["bytes"]:
+            raise Refused(413, f"the request is larger than {MOST['bytes'] // 1_000_000} MB")
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            raise ConnectionError
+        return body
+
+    @contextlib.contextmanager
+    def turn(self):
+        """The models work for one at a time, first come, first served."""
+        queue, before = self.server.queue, 0
+        queue.append(self)
+        try:
+            while queue[0] is not self:
+                self.stay()
+                if queue.index(self) != before:
+                    before = queue.index(self)
+                    self.send(waiting=before)
+                time.sleep(0.02)
+            yield
+        finally:
+            queue.remove(self)
+
+    def stay(self, *_):
+        """Raises ConnectionError where nobody waits for the answer any more."""
+        came = select.select([self.connection], [], [], 0)[0]
+        if self.server.ending or came and not self.connection.recv(1, socket.MSG_PEEK):
+            raise ConnectionError
+
+    def paint(self, run, prompt, image):
+        rows = -1
+
+        def on_step(tokens, known):
+            nonlocal rows
+            self.stay()
+            before, rows = rows, known.sum().item() // (len(known) * run.image_side)
+            if rows > before:  # the guesses are there, too: the page covers them
+                pictures = [data_url(data.to_image(x)) for x in run.decode(tokens)]
+                self.send(known=known.tolist(), pictures=pictures)
+
+        self.send_records(run, run.paint_all([prompt], run.config.n, image and [image], on_step))
+
+    def caption(self, run, _prompt, image):
+        codes, _ = run.encode([image])
+        self.send(picture=data_url(image), reconstruction=data_url(data.to_image(run.decode(codes)[0])))
+        self.send_records(run, run.caption_all([image], run.config.n, self.stay))
+
+    def send_records(self, run, groups):
+        group = next(groups)
+        for record in group:
+            record.update(picture=data_url(record["picture"]), score=run.rerank_score(**record["scores"]))
+            del record["tokens"]
+        self.send(records=group)
+
+    def head(self, status, kind):
+        self.started = True
+        self.send_response(status)
+        for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store"),
+                            ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff")):
+            self.send_header(name, value)
+        self.end_headers()
+
+    def send(self, **line):
+        if not self.started:
+            self.head(200, "application/x-ndjson")
+        self.wfile.write(json.dumps(line).encode() + b"\n")
+
+    def send_error(self, code, message=None, explain=None):
+        """As the last line of an answer that has begun. Called by the base class, too."""
+        with contextlib.suppress(OSError):
+            if not self.started:
+                self.head(code, "application/json")
+            self.send(error=message or HTTPStatus(code).phrase)
+            self.hang_up(socket.SHUT_WR)
+            while self.deadline.is_alive() and self.connection.recv(2 ** 16):
+                pass  # closing on what is not read yet would take the answer back
+
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a run's page. A thread a connection; the models are used by the first in the queue."""
+    request_queue_size = 128
+    server_bind = socketserver.TCPServer.server_bind  # looks up no name, which may take long
+
+    def __init__(self, run, page):
+        self.run, self.page, self.queue, self.ending = run, page.encode(), [], False
+        Image.MAX_IMAGE_PIXELS = MOST["pixels"] // 2  # Pillow refuses what has twice as many
+        self.reading, self.free = threading.Lock(), threading.Semaphore(MOST["connections"])
+        self.address_family = socket.AF_INET6 if ":" in run.config.host else socket.AF_INET
+        super().__init__((run.config.host, run.config.port), Handler)
+
+    def process_request(self, request, client_address):
+        if self.free.acquire(blocking=False):
+            return super().process_request(request, client_address)
+        with contextlib.suppress(OSError):
+            request.sendall(b'HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n'
+                            b'{"error": "too many connections: try again later"}\n')
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.free.release()
+
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that left or was too slow
+            super().handle_error(request, client_address)
+
+
+def serve(run):
+    """Until Ctrl-C or SIGTERM. Raises ValueError where there is no listening."""
+    c, content = run.config, page(run, live=True)
+    try:
+        server = Server(run, content)
+    except OSError as e:
+        raise ValueError(f"cannot listen on --host {c.host} --port {c.port} ({e.strerror})") from None
+    where = "localhost" if c.host in LOCAL else f"[{c.host}]" if ":" in c.host else c.host
+    if c.host not in LOCAL:
+        print("whoever reaches this port can use it: there is no password, no encryption")
+    print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        print("\nended")
+    finally:
+        server.server_close()
+        server.ending = True
+        until = time.monotonic() + 5  # Python must not wind up under a thread that computes
+        while server.queue and time.monotonic() < until:
+            time.sleep(0.02)
+
+
+def export(run, folder):
+    """
+    The run as weights alone: augvae_sl.pt, biart.pt and tokenizer.json in `folder`, to be used as the run is.
+    Parameters are float16, half the size; the codebook stays as it is, for codes are compared by distance.
+    """
+    if os.path.isdir(folder) and os.path.samefile(folder, run.config.out_dir):
+        raise ValueError(f"--export {folder} would overwrite the run: name another folder")
+    os.makedirs(folder, exist_ok=True)
+    for p in (*run.vae.parameters(), *run.biart.parameters()):
+        p.data = p.data.half().float()
+    words = {"preset", *TrainConfig.choices, *data.DataConfig.choices}  # other texts may be paths
+    settings = {name: value for name, value in run.settings.items()
+                if name in words or not isinstance(value, str)}
+    parents = {"augvae": fingerprint(run.vae), "tokenizer": run.tokenizer.fingerprint()}
+    for stage, model in (("augvae_sl", run.vae), ("biart", run.biart)):
+        halved = {name: p.data.half() for name, p in model.named_parameters()}
+        path = os.path.join(folder, f"{stage}.pt")
+        save_checkpoint(path, {"stage": stage, "settings": settings, "progress": {"step": 0}, **parents,
+                               "config": dataclasses.asdict(model.config),
+                               "model": {**model.state_dict(), **halved}})
+    run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    size = sum(os.path.getsize(os.path.join(folder, name))
+               for name in ("augvae_sl.pt", "biart.pt", "tokenizer.json"))
+    print(f"wrote {folder}, {size / 1e6:.1f} MB: `python sample.py --out_dir {folder}` uses it")
 
 
 # -----------------------------------------------------------------------------
@@ -767,9 +1080,10 @@ def bench(config):
 
 def check_uses(c, given):
     """Raises ValueError, a sentence, for settings that do not go together."""
-    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval") if getattr(c, name)]
+    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export")
+            if getattr(c, name)]
     sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
-    texts = ("prompt", "prompts", "image", "prefix", "reconstruct")
+    texts = ("prompt", "prompts", "image", "prefix", "reconstruct", "host", "export")
     mistakes = [
         *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
         *((getattr(c, name) and not c.image, f"--{name} needs --image")
@@ -779,6 +1093,8 @@ def check_uses(c, given):
         (c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too"),
         (c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt"),
         (c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts"),
+        (c.html and (c.serve or c.export), "--html shows what is made: leave out --serve and --export"),
+        (c.serve and c.n > MOST["n"], f"--serve paints {MOST['n']} pictures at a time, not {c.n}"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
         (c.beam and c.rerank > 1, "--beam and --rerank both choose captions: leave one out"),
         (c.beam and c.image and not c.variations and sampling,
@@ -803,7 +1119,11 @@ def main(argv):
     check_uses(config, given)
     if config.bench:
         return bench(config)
+    if config.export:
+        return export(Run(dataclasses.replace(config, device="cpu", dtype="float32")), config.export)
     run, scores = Run(config, biart=not config.reconstruct), None
+    if config.serve:
+        return serve(run)
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
         shown = read_images(run, config.reconstruct)
@@ -822,7 +1142,9 @@ def main(argv):
         else:
             save_both_directions(run, data.validation_subset(val, config.n))
     if config.html:
-        write_page(run)
+        path = os.path.join(run.save_dir, "page.html")
+        Path(path).write_text(page(run), encoding="utf-8")
+        print(f"wrote {path}")
     if scores:
         print(json.dumps(scores))
 

@@ -6,6 +6,7 @@ $ pytest -q
 They compare with brute force, a reference, or the long way round; the last ones run the real commands.
 """
 import argparse
+import base64
 import concurrent.futures
 import contextlib
 import copy
@@ -15,6 +16,7 @@ import dataclasses
 import doctest
 import gzip
 import hashlib
+import http.client
 import importlib.util
 import inspect
 import io
@@ -30,6 +32,7 @@ import runpy
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -589,7 +592,7 @@ def test_large_jpegs_are_decoded_smaller_and_look_the_same(tmp_path):
     assert (whole - small).abs().mean() < 0.02
 
 
-def denied(*_arguments):
+def denied(*_arguments, **_named):
     raise PermissionError(13, "Permission denied")
 
 
@@ -2315,7 +2318,7 @@ def test_code_embeddings_are_of_what_codes_look_like():
         kept = codes.eval().weight
         assert kept is codes.weight  # computed once
         codes.own.add_(1)
-        assert torch.allclose(model.train().eval().token["image"].weight, kept + 1)  # and anew behind training
+        assert torch.allclose(model.train().eval().token["image"].weight, kept + 1)  # and anew
     loss, _ = model(text, captions_and_codes()[1])
     loss.backward()
     assert all(p.grad is not None for p in codes.parameters())
@@ -2611,8 +2614,8 @@ def test_one_batch_is_learned_both_ways():
 # -----------------------------------------------------------------------------
 # train.py and sample.py
 
-MINIATURE = ["--image_size=64", "--levels=8,4", "--token_grid=8", "--ch_mult", "1,1,1,2", "--hidden=8", "--n_groups=4",
-             "--z_channels=16", "--codebook_size=32", "--codebook_dim=8", "--n_layer=1", "--n_head=2",
+MINIATURE = ["--image_size=64", "--levels=8,4", "--token_grid=8", "--ch_mult", "1,1,1,2", "--hidden=8",
+             "--n_groups=4", "--z_channels=16", "--codebook_size=32", "--codebook_dim=8", "--n_layer=1", "--n_head=2",
              "--n_embd=16", "--n_scenes=24", "--batch_size=4", "--max_iters=4", "--eval_interval=2",
              "--log_interval=1", "--eval_images=6"]
 
@@ -2835,6 +2838,11 @@ def test_a_run_from_python(loaded, finished, tmp_path, monkeypatch, capsys):
         sample_module.load("absent")
 
 
+def page_content(page):
+    """What is shown on the page that sample.py wrote or serves."""
+    return json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
 @pytest.mark.slow
 def test_scores_of_a_run(finished, tmp_path):
     out, _ = finished
@@ -2853,10 +2861,13 @@ def test_scores_of_a_run(finished, tmp_path):
     python("sample.py", "--out_dir", out, "--save_dir", tmp_path, "--prompt", "<b>a cross & more</b>",
            "--html", "--n=2")
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert str(scores["psnr"]) in page and "&lt;b&gt;a cross &amp; more" in page
-    assert "augvae_ml_loss.png" in page
+    content = page_content(page)
+    assert content["made"]["scores"]["scores"] == scores and not content["live"]
+    prompts = [entry["prompt"] for entry in content["made"]["samples"]["samples"]]
+    assert prompts == ["<b>a cross & more</b>"] * 2 and content["made"]["samples"]["settings"]["n"] == 2
+    assert "augvae_ml_loss.png" in content["figures"]["augvae_ml"] and len(content["figures"]) == 3
     assert page.count("data:image/png;base64,") >= 2 + 3 * 2
-    for word in ("<script", "http", "<link", "<b>", "src=\"/", "@import"):
+    for word in ("http:", "https:", "<b>", "src=\"", "@import", "url("):  # loads nothing, runs no prompt
         assert word not in page, word
 
 
@@ -3042,7 +3053,8 @@ def losses(out, stage):
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
-    given = [*MINIATURE, "--device=cpu", "--max_iters=5", "--dropout=0"]
+    given = [*MINIATURE, "--device=cpu", "--max_iters=5",  # and nothing that each rank draws by itself
+             "--dropout=0", "--replace_prob=0", "--locality=0"]
     run(*TORCHRUN, "train.py", *given, "--out_dir", out, "--batch_size=2")
     alone.mkdir()
     for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):
@@ -3664,7 +3676,7 @@ def test_a_bad_setting_of_sampling_ends_the_program_with_a_sentence():
     ("--keep_rows=-1", "--keep_rows -1 is not in [0, inf)"), ("--rerank=0", "--rerank 0 is not in [1, 1000]"),
     ("--rerank_forward=1.5", "--rerank_forward 1.5 is not in [0, 1]"),
     ("--top_p=0", "--top_p 0.0 is not in (0, 1]"), ("--temperature=nan", "--temperature nan is not in"),
-    ("--guidance=inf", "--guidance inf is not in [0, inf)"), ("--guidance=nan", "--guidance nan is not in"),
+    ("--guidance=inf", "--guidance inf is not in [0, 1e6]"), ("--guidance=nan", "--guidance nan is not in"),
     ("--length_penalty=inf", "--length_penalty inf is not in"), ("--seed=-1", "--seed -1 is not in [0,"),
     ("--dtype=int8", "--dtype 'int8' is none of: auto, float32"),
 ])
@@ -4263,3 +4275,488 @@ def test_the_lines_of_python_in_the_readme_run(finished, tmp_path, monkeypatch, 
 
 def test_the_readme_names_every_change_it_promises():
     assert len(CHANGES) == 3
+
+
+# -----------------------------------------------------------------------------
+# sample.py: a run as weights alone, and its page
+
+@pytest.fixture(scope="module")
+def exported(finished, tmp_path_factory):
+    """-> the folder of the miniature run's weights, and the run that they were rounded in."""
+    folder = tmp_path_factory.mktemp("exported") / "scenes"
+    rounded = sample_module.load(str(finished[0]))
+    sample_module.export(rounded, str(folder))
+    return folder, rounded
+
+
+@pytest.mark.slow
+def test_an_exported_run_is_the_run(finished, loaded, exported, monkeypatch, tmp_path):
+    folder, rounded = exported
+    assert sorted(os.listdir(folder)) == ["augvae_sl.pt", "biart.pt", "tokenizer.json"]
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 6e6
+    for stage in ("augvae_sl", "biart"):
+        checkpoint = train.load_checkpoint(folder / f"{stage}.pt", stage)
+        assert not {"optimizer", "random", "scaler"} & set(checkpoint)
+        assert str(finished[0]) not in str(checkpoint) and checkpoint["settings"]["image_size"] == 64
+    run, prompt = sample_module.load(str(folder)), "a small red circle above a large blue square"
+    pictures = run.paint(prompt, n=3)
+    assert all(np.array_equal(a, b) for a, b in zip(pictures, rounded.paint(prompt, n=3)))
+    assert run.caption(pictures[0], n=2) == rounded.caption(pictures[0], n=2)
+    scores, before = (each.score(prompt, pictures[0]) for each in (run, loaded))
+    assert scores == pytest.approx(before, rel=1e-3) and scores != before
+    # the command line takes it as any run; from an exported run it makes the same again
+    sample_module.main(["--out_dir", str(folder), "--export", str(tmp_path)])
+    assert train.fingerprint(train.load_augvae(tmp_path / "augvae_sl.pt")) == train.fingerprint(run.vae)
+
+
+@pytest.mark.slow
+def test_what_is_no_exported_run_is_refused(finished, exported, tmp_path):
+    folder = shutil.copytree(exported[0], tmp_path / "scenes")
+
+    def attempt(message, change, name="biart.pt"):
+        content = torch.load(exported[0] / name, weights_only=True)
+        change(content)
+        torch.save(content, folder / name)
+        with pytest.raises(ValueError, match=message):
+            sample_module.load(str(folder))
+        shutil.copy(exported[0] / name, folder)
+
+    attempt("biart.pt does not hold the weights .*ln_f", lambda c: c["model"].pop("ln_f.weight"))
+    attempt("biart.pt does not hold .*size mismatch", lambda c: c["config"].update(n_embd=32))
+    attempt("biart.pt does not hold .*wings", lambda c: c["config"].update(wings=2))
+    attempt("biart.pt does not hold .*model", lambda c: c.pop("model"))
+    attempt("augvae_sl.pt does not hold", lambda c: c.update(model={}), "augvae_sl.pt")
+    attempt("another augvae", lambda c: c["model"]["codebook.weight"].add_(1), "augvae_sl.pt")
+    attempt("not a checkpoint of this project, or of an older", lambda c: c.pop("progress"))
+    with pytest.raises(ValueError, match="would overwrite the run"):
+        sample_module.main(["--out_dir", str(folder), "--export", f"{folder}/../scenes"])
+    with pytest.raises(ValueError, match="weights alone: there is nothing to resume"):
+        train.main(["--resume", "--out_dir", str(folder)])
+    for arguments in (["--export="], ["--serve", "--html"], ["--serve", "--host="], ["--serve", "--prompt=a"],
+                      ["--serve", "--n=65"]):
+        with pytest.raises(ValueError, match="is empty|leave out|different uses|64 pictures"):
+            sample_module.main(["--out_dir", str(folder), *arguments])
+
+
+def test_generation_shows_its_steps_and_can_be_ended():
+    model, (text, codes) = biart(), captions_and_codes()
+    for window, n in ((1, 2), (7, 1)):
+        seen = []
+        tokens = model.generate(text, "image", n, seeds=range(len(text) * n), window=window,
+                                on_step=lambda *step, seen=seen: seen.append([x.clone() for x in step]))
+        assert len(seen) == model.passes
+        for so_far, known in seen:
+            for row, final, count in zip(so_far, tokens, known):
+                assert torch.equal(row[:count], final[:count])
+        assert all((b > a).any() and (b >= a).all() for (_, a), (_, b) in zip(seen, seen[1:]))
+
+    def leave(_tokens, _known):
+        raise ConnectionError
+    with pytest.raises(ConnectionError):
+        model.generate(codes, "text", on_step=leave)
+
+
+@pytest.fixture
+def server(loaded, monkeypatch):
+    """The miniature run's page, served from a thread."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # to be put back
+    run = loaded.with_settings(port=0)
+    server = sample_module.Server(run, sample_module.page(run, live=True))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    server.ending = True
+    thread.join()
+
+
+def answer(server, path, asked=None):
+    """-> the status, and the lines of the answer, or the page."""
+    connection = http.client.HTTPConnection(*server.server_address, timeout=60)
+    connection.request("GET" if asked is None else "POST", path, None if asked is None else json.dumps(asked))
+    response = connection.getresponse()
+    content = response.read().decode()
+    connection.close()
+    return response.status, (content if content.startswith("<") else
+                             [json.loads(line) for line in content.splitlines()])
+
+
+def raw_answer(server, request):
+    """-> the status that is answered to these bytes, and what is behind it."""
+    with socket.create_connection(server.server_address, timeout=30) as connection:
+        with contextlib.suppress(ConnectionError):  # refused while we still send
+            connection.sendall(request)
+        content = b""
+        while part := connection.recv(2 ** 16):
+            content += part
+    return int(content.split()[1]) if content else None, content.decode().partition("\r\n\r\n")[2]
+
+
+def shown(url):
+    """A picture of the page -> array."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition("data:image/png;base64,")[2]))))
+
+
+def png(image, kind="PNG"):
+    content = io.BytesIO()
+    image.save(content, kind)
+    return base64.b64encode(content.getvalue()).decode()
+
+
+@pytest.mark.slow
+def test_the_page_paints_what_the_command_line_paints(server, finished, tmp_path):
+    prompt = "a small red circle above a large blue square"
+    arguments = ["--out_dir", str(finished[0]), "--save_dir", str(tmp_path), "--seed=5", "--prompt", prompt]
+    status, lines = answer(server, "/paint", {"prompt": prompt, "seed": 5, "top_k": 9, "temperature": 2})
+    *steps, last = lines[1:]
+    assert status == 200 and lines[0] == {"notes": []} and len(steps) > 3 and len(last["records"]) == 8
+    assert all(len(step["pictures"]) == len(step["known"]) == 8 for step in steps)
+    assert steps[0]["known"] == [1] * 8 and sum(steps[-1]["known"]) > 7 * 8 * 7
+    for order in ("--rerank=8", "--rerank=1"):  # best first, or by seed
+        sample_module.main([*arguments, order, "--top_k=9", "--temperature=2", "--n=8"])
+        entries = json.loads((tmp_path / "samples.json").read_text(encoding="utf-8"))["samples"]
+        records = last["records"]
+        if order == "--rerank=1":
+            records = sorted(records, key=lambda record: record["seed"])
+        for entry, record in zip(entries, records):
+            assert np.array_equal(shown(record["picture"]), Image.open(tmp_path / entry["file"]))
+            assert (record["seed"], record["scores"]) == (entry["seed"], entry["scores"])
+    scores = [record["score"] for record in last["records"]]
+    assert scores == sorted(scores, reverse=True)
+    status, page = answer(server, "/")
+    content = page_content(page)
+    assert status == 200 and content["live"] and content["side"] == 8 and content["settings"]["top_p"] == 0.9
+    assert "biart_loss.png" in content["figures"]["biart"] and "samples" not in content["made"]
+
+
+@pytest.mark.slow
+def test_the_page_captions_and_completes_pictures(server, loaded):
+    image = data.Scenes("val", 3).image(2)
+    picture = data.to_image(loaded.crop(image.resize((90, 80))))
+    for kind in ("PNG", "BMP", "WEBP"):
+        sent = png(image.resize((90, 80)), kind)
+        status, lines = answer(server, "/caption", {"image": sent, "n": 3, "seed": 7})
+        sent = Image.open(io.BytesIO(base64.b64decode(sent)))
+        assert status == 200
+        captions = [record["caption"] for record in lines[-1]["records"]]
+        assert captions == loaded.caption(sent, n=3, seed=7, rerank=3)
+    status, lines = answer(server, "/caption", {"image": png(picture), "n": 1})
+    codes, _ = loaded.encode([picture])
+    assert np.array_equal(shown(lines[1]["picture"]), picture)
+    assert np.array_equal(shown(lines[1]["reconstruction"]), data.to_image(loaded.decode(codes)[0]))
+    asked = {"prompt": "two crosses", "image": png(picture), "keep_rows": 5, "n": 2, "seed": 3}
+    status, lines = answer(server, "/paint", asked)
+    painted = loaded.paint("two crosses", n=2, image=picture, keep_rows=5, seed=3, rerank=2)
+    assert lines[1]["known"] == [41, 41]
+    for record, expected in zip(lines[-1]["records"], painted):
+        assert np.array_equal(shown(record["picture"]), expected)
+    # what is lost of a prompt is said
+    status, lines = answer(server, "/paint", {"prompt": "red circle zebra " * 30, "n": 1})
+    assert "too long" in lines[0]["notes"][0] and "zebra" in lines[0]["notes"][1]
+
+
+BAD_REQUESTS = [  # what is asked of /paint, and the sentence that comes with 400
+    ([], "not an object in JSON"), ("{", "not an object in JSON"), ("[" * 100_000, "not an object in JSON"),
+    ("\xff", "not an object in JSON"), ({"prompt": ""}, "prompt is empty"), ({}, "prompt is empty"),
+    ({"prompt": "a" * 2001}, "longer than 2,000"), ({"prompt": 7}, "prompt is not str"),
+    ({"prompt": "\ud800"}, "surrogates"), ({"prompt": "a", "out_dir": "/etc"}, "no setting: 'out_dir'"),
+    ({"prompt": "a", "device": "cuda"}, "no setting"), ({"prompt": "a", "n": 65}, "--n 65 is above 64"),
+    ({"prompt": "a", "n": 0}, "--n 0 is not in"), ({"prompt": "a", "n": 1.5}, "n is not int"),
+    ({"prompt": "a", "n": True}, "n is not int"), ({"prompt": "a", "n": 10 ** 400}, "is above 64"),
+    ({"prompt": "a", "seed": -1}, "--seed -1 is not in"), ({"prompt": "a", "seed": 10 ** 30}, "--seed 1000"),
+    ({"prompt": "a", "temperature": math.nan}, "--temperature nan"),
+    ({"prompt": "a", "temperature": -math.inf}, "--temperature -inf"),
+    ({"prompt": "a", "temperature": 10 ** 400}, "--temperature inf"),
+    ({"prompt": "a", "top_p": 0}, "--top_p 0"), ({"prompt": "a", "guidance": -1}, "--guidance -1.0 is not"),
+    ({"prompt": "a", "temperature": "1"}, "temperature is not float"),
+    ({"prompt": "a", "top_p": None}, "top_p is not float"), ({"prompt": "a", "guidance": 1e9}, "--guidance"),
+    ({"prompt": "a", "keep_rows": 3}, "go together"), ({"prompt": "a", "image": "AAAA"}, "go together"),
+    ({"prompt": "a", "image": "AAAA", "keep_rows": 8}, "8 is not in 1 to 7"),
+    ({"prompt": "a", "image": "no base64", "keep_rows": 3}, "not in base64"),
+    ({"prompt": "a", "image": "AAAA", "keep_rows": 3}, "not an image"),
+    ({"prompt": "a", "image": ["AAAA"], "keep_rows": 3}, "image is not str"),
+]
+
+
+def paint_request(body):
+    return b"POST /paint HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
+
+
+@pytest.mark.slow
+def test_hostile_requests_are_refused_and_the_server_goes_on(server):
+    def status(head, body=b"", path="/paint", method="POST"):
+        request = f"{method} {path} HTTP/1.1\r\n{head}\r\n\r\n".encode() + body
+        return raw_answer(server, request)[0]
+
+    small = Image.new("RGB", (40, 40), "red")
+    for asked, sentence in BAD_REQUESTS:
+        text = asked if isinstance(asked, str) else json.dumps(asked)
+        body = text.encode("latin-1" if text == "\xff" else "utf-8")
+        code, error = raw_answer(server, paint_request(body))
+        assert code == 400 and sentence in json.loads(error)["error"], (text[:80], code, error)
+    # other formats, half a picture, a bomb
+    for image in (png(small, "TIFF"), png(small, "PPM"), png(small)[:60],
+                  png(Image.new("1", (7100, 7100))), base64.b64encode(b"GIF89a" + bytes(40)).decode()):
+        code, [line] = answer(server, "/caption", {"image": image})
+        assert code == 400 and "not an image that can be read" in line["error"], line
+    assert answer(server, "/caption", {"n": 2})[0] == 400
+    # odd addresses, methods, hosts and lengths
+    here = "Host: localhost\r\n"
+    for path in ("/../sample.py", "/assets/page.html", "/samples.json", "//etc/passwd", "/paint/",
+                 "/%2e%2e/x", "x", "/?x=1", "/\0", "http://localhost/"):
+        assert status("Host: localhost", path=path, method="GET") in (404, 400), path
+        assert status(here + "Content-Length: 2", b"{}", path=path) in (404, 400), path
+    for method in ("PUT", "DELETE", "HEAD", "OPTIONS", "CONNECT", "TRACE", "G\0T", "get"):
+        assert status("Host: localhost", path="/", method=method) == 501, method
+    page = {"path": "/", "method": "GET"}
+    for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80", "", "192.168.0.1", "[::2]"):
+        assert status(f"Host: {host}", **page) == 403, host
+    assert status("Accept: */*", **page) == 403
+    for origin in ("http://evil.example", "null", "https://localhost", "http://localhost:1"):
+        assert status(f"{here}Origin: {origin}\r\nContent-Length: 2", b"{}") == 403, origin
+    for host in ("localhost", "127.0.0.1:8000", "[::1]:8000", "localhost:1\r\nOrigin: http://localhost:1"):
+        assert status(f"Host: {host}", **page) == 200, host
+    assert status("Host: localhost") == 411
+    assert status(here + "Transfer-Encoding: chunked", b"2\r\n{}\r\n0\r\n\r\n") == 411
+    for length in ("-1", "two", "1e3", "", "0x10", "9" * 30, "+5", "²"):
+        assert status(f"{here}Content-Length: {length}", b"{}") == 400, length
+    assert status(here + "Content-Length: 10000001", bytes(10_000_001)) == 413
+    assert status(here + "Content-Length: 99999999999") == 413
+    assert raw_answer(server, b"\x16\x03\x01\x02\x00\x01\r\n\r\n")[0] == 400  # TLS
+    assert raw_answer(server, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 200 + b"\r\n")[0] == 431
+    assert raw_answer(server, b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\n\r\n")[0] == 414
+    assert not server.queue and answer(server, "/paint", {"prompt": "a cross", "n": 1})[0] == 200
+    # numbers so small or large that float32 has none of them
+    for setting in ({"temperature": 1e-300}, {"top_p": 1e-300}, {"temperature": 1e300}, {"guidance": 1e6}):
+        assert "records" in answer(server, "/paint", {"prompt": "a cross", "n": 1, **setting})[1][-1], setting
+
+
+@pytest.mark.slow
+def test_what_fails_inside_is_not_shown_and_the_server_goes_on(server, monkeypatch, capfd):
+    def fail(*_given):
+        raise RuntimeError("a secret")
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_module, "prompt_notes", fail)
+        status, lines = answer(server, "/paint", {"prompt": "a"})
+        assert status == 500 and lines == [{"error": "something went wrong on the server"}]
+    with monkeypatch.context() as patched:
+        patched.setattr(sample_module.Run, "decode", fail)  # in an answer that has begun
+        status, lines = answer(server, "/paint", {"prompt": "a"})
+        assert status == 200 and lines == [{"notes": []}, {"error": "something went wrong on the server"}]
+    assert capfd.readouterr().err.count("RuntimeError: a secret") == 2
+    assert answer(server, "/paint", {"prompt": "a", "n": 1})[0] == 200 and not server.queue
+
+
+def wait_until(true, seconds=10):
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_a_client_that_leaves_ends_its_work(server, monkeypatch):
+    steps, stay = [], sample_module.Handler.stay
+
+    def slowly(self, *step):
+        steps.append(step)
+        time.sleep(0.05)
+        stay(self)
+    monkeypatch.setattr(sample_module.Handler, "stay", slowly)
+    request = paint_request(b'{"prompt": "a cross"}')
+    first, second = (socket.create_connection(server.server_address) for _ in range(2))
+    first.sendall(request)
+    wait_until(lambda: len(steps) > 2)
+    second.sendall(request)
+    wait_until(lambda: len(server.queue) == 2)
+    second.close()  # while it waits
+    wait_until(lambda: len(server.queue) == 1)
+    first.close()  # while its pictures are painted
+    wait_until(lambda: not server.queue)
+    assert len(steps) < 40  # of 63 passes for one alone
+
+
+@pytest.mark.slow
+def test_twenty_at_once_are_served_and_too_many_are_told(server, loaded, monkeypatch):
+    def one(seed):
+        return answer(server, "/paint", {"prompt": "a large cross", "n": 1, "seed": seed})
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        answers = list(pool.map(one, range(20)))
+    for seed, (status, lines) in enumerate(answers):
+        assert status == 200
+        assert np.array_equal(shown(lines[-1]["records"][0]["picture"]),
+                              loaded.paint("a large cross", seed=seed)[0])
+    idle = [socket.create_connection(server.server_address) for _ in range(64)]
+    assert raw_answer(server, b"")[0] == 503
+    for connection in idle:
+        connection.close()
+    wait_until(lambda: one(3)[0] == 200)
+    # half a request, or one that comes byte by byte, does not keep its place
+    monkeypatch.setattr(sample_module.Handler, "timeout", 0.5)
+    for start in (b"", b"GET / HT", paint_request(bytes(50))[:-40]):
+        began = time.monotonic()
+        with socket.create_connection(server.server_address) as connection:
+            connection.sendall(start)
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < began + 10:
+                    connection.settimeout(0.1)
+                    with contextlib.suppress(TimeoutError, socket.timeout):
+                        if not connection.recv(100):
+                            break
+                    connection.sendall(b"a")
+        assert time.monotonic() - began < 5
+    assert one(3)[0] == 200
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
+def test_the_server_says_where_it_is_and_ends_on_signals(finished):
+    for number, host in ((signal.SIGTERM, "127.0.0.1"), (signal.SIGINT, "0.0.0.0")):
+        process = started(sys.executable, "sample.py", "--serve", "--port=0", "--host", host,
+                          "--out_dir", finished[0])
+        said = "".join(process.stdout.readline() for _ in range(1 + (host == "0.0.0.0")))
+        port = re.search(r"http://[\w.]+:(\d+) paints", said)[1]
+        server = argparse.Namespace(server_address=("127.0.0.1", int(port)))
+        assert answer(server, "/paint", {"prompt": "a cross", "n": 1})[0] == 200
+        if host == "127.0.0.1":
+            printed = refused("sample.py", "--serve", "--port", port, "--out_dir", finished[0])
+            assert f"cannot listen on --host 127.0.0.1 --port {port} (Address already in use)" in printed
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=10)
+        assert process.returncode == 0 and printed.endswith("ended\n") and "Traceback" not in printed
+        assert ("no password" in said) == (host == "0.0.0.0")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "chromium-browser",
+                                                "google-chrome"))), None)
+
+
+class Browser:
+    """A page in headless Chromium, driven over its DevTools protocol: JSON on two pipes, closed by zeros."""
+
+    def __init__(self, profile, url, width=1280):
+        (theirs, self.to), (self.back, answers) = os.pipe(), os.pipe()
+
+        def place_pipes():  # where Chromium looks for them
+            for theirs_at, place in ((theirs, 3), (answers, 4)):
+                os.dup2(theirs_at, place)
+                os.set_inheritable(place, True)
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                 "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                 "--remote-debugging-pipe", f"--user-data-dir={profile}", f"--window-size={width},1000"]
+        self.process = subprocess.Popen([CHROMIUM, *flags], close_fds=False, preexec_fn=place_pipes,
+                                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        os.close(theirs)
+        os.close(answers)
+        self.number, self.session, self.faults = 0, {}, []
+        target = self.call("Target.createTarget", url=url)["targetId"]
+        attached = self.call("Target.attachToTarget", targetId=target, flatten=True)
+        self.session = {"sessionId": attached["sessionId"]}
+        self.call("Runtime.enable")
+        self.call("Log.enable")
+
+    def call(self, method, **params):
+        self.number += 1
+        os.write(self.to, json.dumps({"id": self.number, "method": method, "params": params,
+                                      **self.session}).encode() + b"\0")
+        while True:  # events come, too
+            content = b""
+            while not content.endswith(b"\0"):
+                part = os.read(self.back, 1)
+                assert part, "Chromium has ended"
+                content += part
+            message = json.loads(content[:-1])
+            if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.faults.append(message)
+            if message.get("id") == self.number:
+                assert "error" not in message, message
+                return message["result"]
+
+    def run(self, script):
+        """-> the value of a JavaScript expression; waits for promises."""
+        found = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    def wait(self, script, seconds=30):
+        wait_until(lambda: self.run(script), seconds)
+
+    def close(self):
+        with contextlib.suppress(AssertionError, OSError):
+            self.session = {}
+            self.call("Browser.close")
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+
+
+@pytest.fixture
+def browse(tmp_path):
+    """browse(url, width) -> a Browser, closed at the end. It must not have found a fault in the page."""
+    if not CHROMIUM:
+        pytest.skip("there is no Chromium here")
+    browsers = []
+
+    def browse(url, width=1280):
+        browsers.append(Browser(tmp_path / f"profile_{len(browsers)}", url, width))
+        browsers[-1].wait("location.href != 'about:blank' && document.readyState == 'complete'")
+        return browsers[-1]
+    yield browse
+    for browser in browsers:
+        browser.close()
+    assert not [fault for browser in browsers for fault in browser.faults]
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(server, loaded, browse, tmp_path):
+    page, prompt = browse("http://localhost:%d/" % server.server_address[1], width=390), "a small red circle"
+    idle = "!document.body.dataset.busy && "
+    page.run("document.getElementById('prompt').focus(); document.getElementById('seed').value = 3")
+    page.call("Input.insertText", text=prompt)
+    for kind in ("rawKeyDown", "keyUp"):
+        page.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
+    page.wait(idle + "document.querySelectorAll('.painting').length == 8")
+    urls = page.run("[...document.querySelectorAll('.painting img')].map(image => image.src)")
+    for url, expected in zip(urls, loaded.paint(prompt, n=8, seed=3, rerank=8)):
+        assert np.array_equal(shown(url), expected)
+    said = page.run("document.getElementById('status').textContent")
+    assert "explains the caption best comes first" in said
+    # one of them back: what does it show, and what else could begin like this?
+    page.run("document.querySelectorAll('.painting button')[2].click()")
+    page.run("document.querySelector('.tools .caption button').click()")
+    page.wait(idle + "document.querySelectorAll('.says li').length > 0")
+    picture = Image.fromarray(shown(urls[2]))
+    said = page.run("[...document.querySelectorAll('.says button')].map(x => x.firstChild.textContent)")
+    assert said == list(dict.fromkeys(loaded.caption(picture, n=4, seed=3, rerank=4)))
+    page.run("document.querySelector('.tools input[type=range]').value = 6")
+    page.run("document.querySelector('.tools input[type=text]').value = 'two crosses'")
+    page.run("document.querySelector('.tools button.complete').click()")
+    page.wait(idle + "document.querySelectorAll('.painting').length == 16")
+    url = page.run("document.querySelector('.painting img').src")
+    completed = loaded.paint("two crosses", 8, picture, keep_rows=6, seed=3, rerank=8)
+    assert np.array_equal(shown(url), completed[0])
+    # a file is dropped; what is no picture is refused with a sentence
+    drop = """{const data = new DataTransfer(), bytes = Uint8Array.from(atob('%s'), c => c.charCodeAt(0));
+              data.items.add(new File([bytes], 'a.png', {type: 'image/png'}));
+              document.dispatchEvent(new DragEvent('drop', {dataTransfer: data, cancelable: true}))}"""
+    page.run(drop % png(data.Scenes("val", 1).image(0)))
+    page.wait(idle + "document.querySelectorAll('.captioned').length == 2")
+    assert page.run("document.querySelector('.captioned .pair img').naturalWidth") == 64
+    assert page.run("innerWidth") == 390 and page.run("document.documentElement.scrollWidth <= 390")
+    assert not page.faults
+    page.run(drop % base64.b64encode(b"no picture").decode())
+    page.wait("document.getElementById('status').textContent.includes('not an image that can be read')")
+    page.faults.clear()  # the browser notes the refusal, too
+
+
+@pytest.mark.slow
+def test_the_page_in_a_file_shows_what_was_made(finished, browse, tmp_path):
+    sample_module.main(["--out_dir", str(finished[0]), "--save_dir", str(tmp_path), "--html", "--n=2",
+                        "--prompt", "</script><b>a cross & more</b>"])
+    page = browse((tmp_path / "page.html").as_uri())
+    assert page.run("document.querySelectorAll('#made figure img').length") > 8
+    assert page.run("[...document.images].every(image => image.naturalWidth > 0)")
+    assert "paint: </script><b>a cross & more</b>" in page.run("document.body.innerText")
+    assert page.run("document.querySelector('b') === null && document.getElementById('ask').hidden")

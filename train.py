@@ -597,7 +597,8 @@ def prepare_biart(settings, train_set, val_set, context):
 def read_augvae(name, settings):
     """That of --init_from, else of this stage in out_dir. ValueError where it contradicts what was given."""
     given, own = settings.train.init_from, os.path.join(settings.train.out_dir, f"{name}.pt")
-    vae = load_augvae(given) if given else build_model(AugVAE, AugVAEConfig, load_checkpoint(own, name))
+    checkpoint = None if given else load_checkpoint(own, name)
+    vae = load_augvae(given) if given else build_model(AugVAE, AugVAEConfig, checkpoint, own)
     if settings.stage != "biart":  # each stage of AugVAE has its own of these; BiART's tokens keep theirs
         vae.config.rate, vae.config.locality = settings.augvae.rate, settings.augvae.locality
     side = vae.config.single_level or settings.train.token_grid
@@ -783,10 +784,14 @@ def check_stage(checkpoint, path, *stages):
     return checkpoint
 
 
-def build_model(cls, config_cls, checkpoint):
-    """A model as a checkpoint describes it, in eval mode on the CPU."""
-    model = cls(config_cls(**checkpoint["config"]))
-    model.load_state_dict(checkpoint["model"])
+def build_model(cls, config_cls, checkpoint, path):
+    """A model as a checkpoint describes it, in eval mode on the CPU. ValueError where it is another's."""
+    try:
+        model = cls(config_cls(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (AttributeError, KeyError, RuntimeError, TypeError) as e:  # other names, shapes or things
+        why = " ".join(str(e).split())[:200]
+        raise ValueError(f"{path} does not hold the weights of this {cls.__name__} ({why})") from None
     return model.eval()
 
 
@@ -795,7 +800,7 @@ def load_augvae(path):
     checkpoint = safe_load(path)
     if "state_dict" in checkpoint:  # Lightning's name
         return from_lightning(AugVAE, checkpoint, path)
-    return build_model(AugVAE, AugVAEConfig, check_stage(checkpoint, path, *STAGES[:2]))
+    return build_model(AugVAE, AugVAEConfig, check_stage(checkpoint, path, *STAGES[:2]), path)
 
 
 def fingerprint(model):
@@ -1403,6 +1408,8 @@ def settings_of_run(out_dir):
     newest = os.path.basename(max(files, key=os.path.getmtime))
     stage = next(stage for stage in STAGES if newest.startswith(stage))
     saved, _ = latest_checkpoint(os.path.join(out_dir, f"{stage}.pt"), stage, print0=lambda _: None)
+    if "optimizer" not in saved:
+        raise ValueError(f"{newest} in {out_dir} holds weights alone: there is nothing to resume")
     return {key: value for key, value in saved["settings"].items()
             if key not in ("resume", "overwrite", "out_dir")}
 
