@@ -4013,7 +4013,7 @@ needs_fully_shard = pytest.mark.skipif(
 @needs_fully_shard
 def test_a_sharded_run_gathers_onto_the_cpu(on_cuda, tmp_path):
     printed = on_cuda(shard_on_cuda, str(tmp_path))
-    assert "biart 1/1 loss" in printed and "'saved from the device': 0" in printed
+    assert "biart 1/1 loss" in printed and "saved from the device" not in printed
     assert int(re.search(r"'gathered at once': (\d+)", printed)[1]) <= 2
 
 

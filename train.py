@@ -1015,13 +1015,13 @@ def load_optimizer(optimizer, state):
 
 
 def full_state_dict(tree, rank):
-    """All ranks together, tensor by tensor: what is sharded becomes whole, on the CPU of rank 0 alone."""
+    """All ranks together, tensor by tensor: what is sharded becomes whole, and all is on rank 0's CPU."""
     if isinstance(tree, dict):
         return {key: full_state_dict(value, rank) for key, value in tree.items()}
     if isinstance(tree, list):
         return [full_state_dict(value, rank) for value in tree]
-    if hasattr(tree, "full_tensor"):
-        whole = tree.full_tensor()
+    if isinstance(tree, torch.Tensor):
+        whole = tree.full_tensor() if hasattr(tree, "full_tensor") else tree
         return whole.cpu() if rank == 0 else None
     return tree
 
