@@ -89,7 +89,7 @@ def fingerprint(*parts):
 SIZES = {"small": 3.75, "large": 6.75}  # radius, pixels: in whole cells of LATTICE, without spilling over
 COLOURS = {"red": (214, 48, 49), "orange": (240, 128, 30), "yellow": (245, 203, 32), "lime": (160, 215, 50),
            "green": (30, 140, 80), "teal": (20, 150, 150), "cyan": (110, 210, 240), "blue": (41, 98, 216),
-           "purple": (142, 68, 173), "pink": (245, 140, 190), "brown": (125, 75, 40), "black": (45, 52, 54)}
+           "purple": (142, 68, 173), "pink": (235, 100, 165), "brown": (125, 75, 40), "black": (45, 52, 54)}
 SHAPES = ("circle", "square", "triangle", "cross", "diamond", "star", "hourglass", "arrow")
 RELATIONS = {"left of": (-1, 0), "right of": (1, 0),  # where the first thing lies
              "above": (0, -1), "below": (0, 1)}
