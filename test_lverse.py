@@ -4760,3 +4760,15 @@ def test_the_page_in_a_file_shows_what_was_made(finished, browse, tmp_path):
     assert page.run("[...document.images].every(image => image.naturalWidth > 0)")
     assert "paint: </script><b>a cross & more</b>" in page.run("document.body.innerText")
     assert page.run("document.querySelector('b') === null && document.getElementById('ask').hidden")
+
+
+@pytest.mark.slow
+def test_the_shipped_weights_have_the_scores_recorded(tmp_path):
+    shipped = pathlib.Path(HERE, "assets", "scenes")
+    assert sum(path.stat().st_size for path in shipped.iterdir()) < 6e6
+    recorded = json.loads((shipped / "scores.json").read_text())
+    found = last_json(python("sample.py", "--out_dir", shipped, "--save_dir", tmp_path, "--eval",
+                             "--eval_items", recorded["settings"]["eval_items"]))
+    assert set(found) == set(recorded["scores"])
+    for name, score in recorded["scores"].items():  # one item's worth of rounding is allowed
+        assert found[name] == pytest.approx(score, rel=0.03, abs=0.03), name
