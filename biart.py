@@ -47,7 +47,7 @@ class BiARTConfig:
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
     t2i_weight: float = 1.0  # weight of text -> image in the loss, where image -> text has 1
-    replace_prob: float = 0.0  # share of GEN image tokens that training takes, as inputs, from another image
+    replace_prob: float = 0.0  # share of GEN image tokens that are others of the batch in training's inputs
     code_hidden: int = 0  # image tokens are embedded by an MLP of so many units of AugVAE's codes; 0: learned
     text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
@@ -245,11 +245,11 @@ class BiART(nn.Module):
     def embed(self, text, image, to, null=None):
         """
         The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank. In
-        training, replace_prob of the GEN image's tokens are another's: what comes next must then be read off
-        the caption, and cannot be what once followed the tokens before.
+        training, replace_prob of the GEN image's tokens are others of the batch: what comes next must then be
+        read off the caption, and cannot be what once followed the tokens before.
         """
         if to == "image" and self.training and self.config.replace_prob:
-            others = image[torch.randperm(len(image), device=image.device)]
+            others = image.flatten()[torch.randperm(image.numel(), device=image.device)].view_as(image)
             replaced = torch.rand(image.shape, device=image.device) < self.config.replace_prob
             image = torch.where(replaced, others, image)
         sides, ref = {"text": text, "image": image}, OTHER[to]

@@ -86,7 +86,7 @@ def fingerprint(*parts):
 # -----------------------------------------------------------------------------
 # Built-in scenes: one or two things, each with size, colour and shape, and how the first lies to the second
 
-SIZES = {"small": 3.75, "large": 6.75}  # radius, pixels: in whole cells of LATTICE, without spilling over
+SIZES = {"small": 4.5, "large": 7}  # radius, pixels
 COLOURS = {"red": (214, 48, 49), "orange": (240, 128, 30), "yellow": (245, 203, 32), "lime": (160, 215, 50),
            "green": (30, 140, 80), "teal": (20, 150, 150), "cyan": (110, 210, 240), "blue": (41, 98, 216),
            "purple": (142, 68, 173), "pink": (235, 100, 165), "brown": (125, 75, 40), "black": (45, 52, 54)}
