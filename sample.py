@@ -986,7 +986,8 @@ def serve(run):
     if c.host not in LOCAL:
         print("whoever reaches this port can use it: there is no password, no encryption")
     print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # which a shell's background job ignores
+        signal.signal(number, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
