@@ -435,24 +435,32 @@ def atomic_write(path, aside=None, part=None):
             os.remove(part)
 
 
-def progress(items, size, what):
+class ProgressLine:
     """
-    Yield a sequence in chunks of `size`, and have rank 0 print how far it is, where that takes long:
+    How far rank 0 is with something that takes long:
         encoding: 1,280 of 12,288 (10%), 412.0/s, 0:00:27 left
     A terminal shows one line that is overwritten; elsewhere, as in a log file, there is one every 5 seconds.
     """
-    terminal, rank = sys.stdout.isatty(), os.environ.get("RANK", "0")  # as torchrun sets it
-    interval = 0.5 if terminal else 5.0
-    began = shown = time.monotonic()
+    def __init__(self, what, total, start=0):
+        self.what, self.total, self.start, self.terminal = what, total, start, sys.stdout.isatty()
+        self.began = self.shown = time.monotonic()
+
+    def show(self, done):
+        now, finished = time.monotonic(), done == self.total
+        due = now - self.shown > (0.5 if self.terminal else 5.0) or finished and self.shown > self.began
+        if due and os.environ.get("RANK", "0") == "0":  # as torchrun sets it
+            self.shown, speed = now, (done - self.start) / (now - self.began)
+            left = datetime.timedelta(seconds=round((self.total - done) / speed))
+            print(f"{self.what}: {done:,} of {self.total:,} ({done / self.total:.0%}), {speed:,.1f}/s, "
+                  f"{left} left", end="     \r" if self.terminal and not finished else "\n", flush=True)
+
+
+def progress(items, size, what):
+    """Yield a sequence in chunks of `size`, with a ProgressLine."""
+    line = ProgressLine(what, len(items))
     for start in range(0, len(items), size):
         yield items[start:start + size]
-        done, now = min(start + size, len(items)), time.monotonic()
-        finished = done == len(items)
-        if rank == "0" and (now - shown > interval or finished and shown > began):
-            shown, speed, share = now, done / (now - began), done / len(items)
-            left = datetime.timedelta(seconds=round((len(items) - done) / speed))
-            print(f"{what}: {done:,} of {len(items):,} ({share:.0%}), {speed:,.1f}/s, {left} left",
-                  end="     \r" if terminal and not finished else "\n", flush=True)
+        line.show(min(start + size, len(items)))
 
 
 def try_read(read, *args):

@@ -1154,6 +1154,18 @@ def test_progress_is_a_line_that_is_overwritten_or_one_every_five_seconds(monkey
     assert work(1001, 0.4) == []
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_training_shows_how_far_it_is_on_a_terminal_alone(tmp_path, terminal):
+    objective = argparse.Namespace(parts=(), heldout=None)
+    log = train.Log(str(tmp_path / "biart"), objective, train.Progress(step=3),
+                    argparse.Namespace(max_iters=10), argparse.Namespace(rank=0))
+    shown = []
+    log.progress_line.terminal, log.progress_line.show = terminal, shown.append
+    for step in range(4, 11):
+        log.show(step)
+    assert shown == ([4, 5, 6, 7, 8, 9] if terminal else []) and log.progress_line.start == 3
+
+
 def brightness(images):
     """A stand-in for an encoder: (B, 3, 64, 64) -> codes (B, 4)."""
     return images.unflatten(2, (4, 16)).mean((1, 3, 4)).add(1).mul(500).int()

@@ -242,6 +242,7 @@ def train(settings):
             micro_batches = (next(batches) for _ in range(config.gradient_accumulation_steps))
             stopping = trainer.step(micro_batches, lr, progress, signals)
             log.busy += time.time() - began
+            log.show(progress.step)
             if progress.skipped_in_a_row == 20:
                 raise ValueError(f"20 steps in a row, up to step {progress.step}, gave no finite loss and "
                                  f"gradient; {path} holds step {saved_step}, from before")
@@ -1061,12 +1062,18 @@ class Log:
         self.stem, self.stage, self.last = stem, os.path.basename(stem), schedule.max_iters
         self.start, self.began, self.busy = progress.step, time.time(), 0.0  # busy: seconds in steps
         self.context, self.rows = context, progress.rows
+        self.progress_line = data.ProgressLine(self.stage, self.last, self.start)
         self.columns = ["step", "loss", "val_loss", "lr", "images_per_s", "loss_max", "grad_norm", "skipped",
                         *objective.parts, *["heldout_t2i", "heldout_i2t"] * bool(objective.heldout)]
         self.rows[:] = [row for row in self.rows if row["step"] < self.start]  # the last comes again
         if context.rank == 0:
             with data.atomic_write(f"{stem}.csv", part=f"{stem}.csv.part") as f:
                 f.write("".join([",".join(self.columns) + "\n", *map(self.line, self.rows)]).encode())
+
+    def show(self, step):
+        """How far it is, between the lines of the log: on a terminal alone, where that is overwritten."""
+        if self.progress_line.terminal and step < self.last:
+            self.progress_line.show(step)
 
     def line(self, row):
         values = [row.get(name) for name in self.columns]
