@@ -124,7 +124,7 @@ class TrainConfig:
 
 
 # How pictures and captions are sampled unless told otherwise: in training, and by sample.py.
-SAMPLING = {"top_p": 0.5, "guidance": 1.5}
+SAMPLING = {"top_p": 0.9, "guidance": 1.5}
 
 # What a preset sets: under "" for every stage, then for one.
 SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20}
