@@ -153,12 +153,14 @@ class CodeEmbedding(nn.Module):
 
     @property
     def weight(self):
-        if self.training or torch.is_grad_enabled():
-            return self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
-        if self.kept is None:  # decoding asks for it at every token: in eval mode it is computed once
-            with torch.autocast(self.own.device.type, enabled=False):
-                self.kept = self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
-        return self.kept
+        """(V, C). Decoding asks for it at every token: in eval mode it is computed once."""
+        if self.kept is not None and not torch.is_grad_enabled():
+            return self.kept
+        with torch.autocast(self.own.device.type, enabled=False):
+            weight = self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
+        if not (self.training or torch.is_grad_enabled()):
+            self.kept = weight
+        return weight
 
     def train(self, mode=True):
         self.kept = None
