@@ -384,90 +384,49 @@ class BiART(nn.Module):
         top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
         guidance: logits = null + guidance * (conditional - null); null: the same model on a blank REF side.
         seeds: B * n integers; a seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
-        window: tokens that a forward pass looks for. The sample is the same, found in fewer passes: this is
-            Jacobi iteration. A pass takes the last known token, c, and guesses behind it, x y z; at each it
-            picks the token that follows, d e f g, by that token's own random number. d is right. If x = d,
-            e is right too; if then y is not e, f and g are guesses, and the next pass takes e f g g.
-            1 is token by token; 0 takes what was fastest on a CPU for so many images, and 1 elsewhere.
+        window: tokens that a pass looks for: the same sample in fewer passes, see Draft. 1 is token by
+            token; 0 takes what was fastest on a CPU for so many images, and 1 elsewhere.
         on_step: called before each pass with the tokens so far, as below, and how many of each sample are
             known (B * n,); the others are guesses. What it raises ends the work.
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
         self.passes says how many passes it took, that through the prompt aside.
         """
-        c, B = self.config, len(ref)
         prefix = ref[:, :0] if prefix is None else prefix
-        m, total = prefix.shape[1], c.length(to)
-        if not window:
-            window = 1 if to == "text" or ref.is_cuda else next(
-                (window for rows, window in FASTEST_WINDOWS.items() if B * n <= rows), 1)
-        seeds = range(B * n) if seeds is None else seeds
-        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(seed)))
-                               for seed in seeds])
-        # what follows the prefix, and behind it room for a window that begins at the last token
-        uniform = F.pad(uniform.view(B, n, total)[..., m:], (0, 2 * window)).to(ref.device)
-        position = F.pad(self.position_embedding(to, GEN)[m:], (0, 0, 0, window))
-        tokens = torch.zeros_like(uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
-        pos = torch.zeros_like(tokens[..., :1])  # where each sample's last known token stands
-        last = max(0, total - m - 1)
-        hits = torch.full((), 0.5, device=ref.device)  # right guesses in a row, lately, on average
-
-        def sample(logits, at):
-            """logits (B, n, W, V) of the tokens at (B, n, W) -> these tokens (B, n, W)."""
-            u = uniform.gather(2, at).flatten()
-            return sample_token(logits.flatten(0, 2), u, temperature, top_k, top_p).view_as(at)
+        window = window or fastest_window(to, len(ref) * n, ref.device)
+        choose = functools.partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
+        seeds = range(len(ref) * n) if seeds is None else seeds
+        draft = Draft(self.config, to, prefix, n, seeds, window, choose)
+        position = F.pad(self.position_embedding(to, GEN)[prefix.shape[1]:], (0, 0, 0, window))
+        logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
+        draft.begin(logits)
 
         def step(kv_len, W):
             """One pass. In place and without a look at any value, so that a graph can replay it."""
-            at = pos + torch.arange(W, device=ref.device)  # (B, n, W)
-            inputs = tokens.gather(2, at)  # the first is known, the others are guesses
-            x = self.token[to](inputs) + position[at]  # (B, n, W, C)
-            found = sample(self.decode_step(x, at, kv_len, to, guidance, cache), at + 1)
-            if window > 1:
-                right = (found == tokens.gather(2, at + 1)).cumprod(2)  # 1 as long as all guesses were
-                going = pos < last
-                hits.lerp_((right.sum(2, keepdim=True) * going).sum() / going.sum().clamp(min=1), 0.5)
-                tokens.scatter_(2, at + 1 + W, found[..., -1:].expand_as(at))  # new guesses: the same again
-                pos.add_(right[..., :-1].sum(2, keepdim=True))
-            tokens.scatter_(2, at + 1, found)
-            pos.add_(1).clamp_(max=last)
+            tokens, at = draft.read(W)
+            x = self.token[to](tokens) + position[at]  # (B, n, W, C)
+            draft.accept(self.decode_step(x, at, kv_len, to, guidance, cache), at)
 
-        def look():
-            """-> samples that go on, the farthest pos, hits. A GPU waits for these values."""
-            done = pos == last
-            if to == "text":
-                known = torch.arange(tokens.shape[2], device=ref.device) <= pos
-                done = done | ((tokens == c.end_token) & known).any(2, keepdim=True)
-            going = (~done).sum()
-            if self.sharded:  # ranks end together, as blocks fetch their weights from all of them
-                torch.distributed.all_reduce(going)
-            return torch.stack([going.to(hits), pos.max().to(hits), hits]).tolist()
-
-        def so_far():
-            return torch.cat([prefix[:, None].expand(B, n, m), tokens[..., :total - m]], 2).flatten(0, 1)
-
-        logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
-        tokens[:] = sample(logits[:, None, None].expand(B, n, 1, -1), pos)  # the first, and guesses
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         # on a GPU few looks, and kv_len in multiples of 128, as each has a graph of its own
         look_every, multiple = (16, 128) if ref.is_cuda else (1, 1)
         self.passes, farthest, W = 0, 0, window
-        while self.passes < last:
+        while self.passes < draft.last:
             if self.passes % look_every == 0 and (window > 1 or to == "text"):
-                going, farthest, lately = look()
+                going, farthest, hits = draft.look(self.sharded)
                 if not going:
                     break
-                W = window if lately >= 0.5 else 1  # too few guesses are right: go token by token
+                W = window if hits >= 0.5 else 1  # too few guesses are right: go token by token
             if on_step:
-                on_step(so_far(), m + 1 + pos.flatten())
+                on_step(draft.so_far(), draft.known())
             kv_len = -(-(int(farthest) + W) // multiple) * multiple
             step(min(kv_len, len(position)), W)
             farthest += W
             self.passes += 1
-        tokens = so_far()
+        tokens = draft.so_far()
         if to == "text":
-            ended = (tokens == c.end_token).long()
-            tokens = tokens.masked_fill(ended.cumsum(1) > ended, c.pad_token)
+            ended = (tokens == self.config.end_token).long()
+            tokens = tokens.masked_fill(ended.cumsum(1) > ended, self.config.pad_token)
         return tokens
 
     @torch.no_grad()
@@ -540,6 +499,80 @@ class BiART(nn.Module):
 
 # -----------------------------------------------------------------------------
 # Decoding
+
+def fastest_window(to, rows, device):
+    """The window that was fastest on 2 cores for so many samples; elsewhere, and for captions, 1."""
+    if to == "text" or device.type != "cpu":
+        return 1
+    return next((window for most, window in FASTEST_WINDOWS.items() if rows <= most), 1)
+
+
+class Draft:
+    """
+    n candidates of each of B prompts while they are generated: all tokens behind the prefix, known up to pos
+    and guesses from there on, which become known by Jacobi iteration. A pass takes the last known token, c,
+    and guesses behind it, x y z; at each it picks the token that follows, d e f g, by that token's own random
+    number. d is right. If x = d, e is right too; if then y is not e, f and g are guesses, and the next pass
+    takes e f g g.
+    """
+    def __init__(self, config, to, prefix, n, seeds, window, choose):
+        """choose: logits (N, V), random numbers (N,) -> tokens (N,)."""
+        self.config, self.to, self.prefix, self.window, self.choose = config, to, prefix, window, choose
+        (B, m), total, device = prefix.shape, config.length(to), prefix.device
+        uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(seed)))
+                               for seed in seeds])
+        # what follows the prefix, and behind it room for a window that begins at the last token
+        self.uniform = F.pad(uniform.view(B, n, total)[..., m:], (0, 2 * window)).to(device)
+        self.tokens = torch.zeros_like(self.uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
+        self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
+        self.total, self.last = total - m, max(0, total - m - 1)
+        self.hits = torch.full((), 0.5, device=device)  # right guesses in a row, lately, on average
+
+    def begin(self, logits):
+        """The prompt's logits (B, V) give the first token, and the first guesses."""
+        self.tokens[:] = self.pick(logits[:, None, None].expand(*self.pos.shape, -1), self.pos)
+
+    def pick(self, logits, at):
+        """logits (B, n, W, V) of the tokens at (B, n, W) -> these tokens (B, n, W)."""
+        return self.choose(logits.flatten(0, 2), self.uniform.gather(2, at).flatten()).view_as(at)
+
+    def read(self, W):
+        """-> the last known token and the W - 1 guesses behind it, (B, n, W), and where they stand."""
+        at = self.pos + torch.arange(W, device=self.pos.device)
+        return self.tokens.gather(2, at), at
+
+    def accept(self, logits, at):
+        """Logits (B, n, W, V) behind tokens at (B, n, W) give new ones: known as far as these were right."""
+        tokens, pos, found = self.tokens, self.pos, self.pick(logits, at + 1)
+        if self.window > 1:
+            right = (found == tokens.gather(2, at + 1)).cumprod(2)  # 1 as long as all guesses were
+            going = pos < self.last
+            self.hits.lerp_((right.sum(2, keepdim=True) * going).sum() / going.sum().clamp(min=1), 0.5)
+            tokens.scatter_(2, at + 1 + at.shape[2], found[..., -1:].expand_as(at))  # guesses: the same again
+            pos.add_(right[..., :-1].sum(2, keepdim=True))
+        tokens.scatter_(2, at + 1, found)
+        pos.add_(1).clamp_(max=self.last)
+
+    def look(self, sharded):
+        """-> samples that go on, the farthest pos, hits. A GPU waits for these values."""
+        done = self.pos == self.last
+        if self.to == "text":
+            known = torch.arange(self.tokens.shape[2], device=self.pos.device) <= self.pos
+            done = done | ((self.tokens == self.config.end_token) & known).any(2, keepdim=True)
+        going = (~done).sum()
+        if sharded:  # ranks end together, as blocks fetch their weights from all of them
+            torch.distributed.all_reduce(going)
+        return torch.stack([going.to(self.hits), self.pos.max().to(self.hits), self.hits]).tolist()
+
+    def so_far(self):
+        """All tokens, the prefix with them: (B * n, total)."""
+        tokens = self.tokens[..., :self.total]
+        return torch.cat([self.prefix[:, None].expand(*tokens.shape[:2], -1), tokens], 2).flatten(0, 1)
+
+    def known(self):
+        """How many of each sample's tokens are known: (B * n,)."""
+        return self.prefix.shape[1] + 1 + self.pos.flatten()
+
 
 class KVCache:
     """
