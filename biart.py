@@ -14,7 +14,8 @@ References:
 1) L-Verse, Kim et al. 2022, https://arxiv.org/abs/2111.11133 (section 3.2); the authors' recipe is minGPT
    plus a two-entry segment embedding.
 2) GPT-2, Radford et al. 2019, for the blocks and the initialisation.
-3) Classifier-free guidance, Ho & Salimans 2022, https://arxiv.org/abs/2207.12598.
+3) Classifier-free guidance, Ho & Salimans 2022, https://arxiv.org/abs/2207.12598; its choice among plausible
+   tokens is contrastive decoding's, Li et al. 2022, https://arxiv.org/abs/2210.15097.
 """
 import functools
 import math
@@ -27,6 +28,7 @@ from torch import nn
 
 REF, GEN = 0, 1
 OTHER = {"text": "image", "image": "text"}
+PLAUSIBLE = 0.03  # with guidance, tokens less than so many times as likely as the likeliest are out
 FASTEST_WINDOWS = {2: 16, 4: 8, 8: 4}  # of generate(), measured on 2 cores: up to so many images, this one
 
 
@@ -362,11 +364,19 @@ class BiART(nn.Module):
         return self.next_logits(h.view_as(x), to, guidance)
 
     def next_logits(self, h, to, guidance):
-        """h (B, ..., C), or with guidance (2 B, ..., C) -> (B, ..., V)."""
+        """
+        h (B, ..., C), or with guidance (2 B, ..., C) -> (B, ..., V). Classifier-free guidance with two
+        changes: it is scaled by doubt, 1 - max p, for where the model is all but sure of the background, it
+        would not change what is painted, but paint it always at the same place; and it chooses only among
+        tokens that are plausible without it, as contrastive decoding does.
+        """
         logits = self.logits(h, to).float()
         if guidance != 1:
             logits, blank = logits.chunk(2)
-            logits = blank + guidance * (logits - blank)
+            p = logits.softmax(-1)
+            p_max = p.amax(-1, keepdim=True)
+            logits = logits + (guidance - 1) * (1 - p_max) * (logits - blank)
+            logits = logits.masked_fill(p < PLAUSIBLE * p_max, -torch.inf)
         if to == "text":
             logits[..., self.config.pad_token] = -torch.inf
         return logits
@@ -382,7 +392,8 @@ class BiART(nn.Module):
         prefix: (B, m), the first GEN tokens, to be continued: rows of an image, words of a caption.
         temperature: 0 is greedy.
         top_k: keep the k likeliest, 0 all. top_p in (0, 1]: keep the likeliest that sum to p.
-        guidance: logits = null + guidance * (conditional - null); null: the same model on a blank REF side.
+        guidance: logits = conditional + (guidance - 1) * doubt * (conditional - null), where null is the same
+            model on a blank REF side; see next_logits. 1 is none.
         seeds: B * n integers; a seed gives the same sample whatever else is in the batch. None: 0, 1, 2, ...
         window: tokens that a pass looks for: the same sample in fewer passes, see Draft. 1 is token by
             token; 0 takes what was fastest on a CPU for so many images, and 1 elsewhere.

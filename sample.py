@@ -55,7 +55,7 @@ import augvae
 import data
 from biart import BiART, BiARTConfig
 from tokenizer import Tokenizer
-from train import (SAMPLING, STAGES, Context, Parser, TrainConfig, build_model, configure, fingerprint,
+from train import (GUIDANCE, STAGES, Context, Parser, TrainConfig, build_model, configure, fingerprint,
                    load_augvae, load_checkpoint, save_checkpoint)
 
 
@@ -89,11 +89,11 @@ class SampleConfig:
     batch_size: int = 64  # samples made at a time; the results are the same
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
-    top_p: float = SAMPLING["top_p"]  # sample from the likeliest tokens that sum to this probability
-    guidance: float = SAMPLING["guidance"]  # classifier-free guidance: above 1 follows what is given closer
+    top_p: float = 1.0  # sample from the likeliest tokens that sum to this probability
+    guidance: float = GUIDANCE  # classifier-free guidance: above 1 follows what is given closer
     window: int = 0  # tokens a pass looks for, the same sample in fewer passes; 1: one by one, 0: the fastest
     seed: int = 0  # of an input's first sample; others count up from it, the next input's from 1000 further
-    rerank: int = 1  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
+    rerank: int = 8  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
     rerank_forward: float = 0.2  # share of log p(candidate | input) in that, beside log p(input | candidate)
     beam: int = 0  # caption by a search with this many beams; 0 samples
     length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
@@ -175,7 +175,7 @@ class Run:
         groups = []
         for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist()):
             group = list(zip(*of_input))
-            if c.rerank > 1:
+            if c.rerank > 1 and group[0][1] is not None:  # beams are in order
                 group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
             groups.append([{"tokens": x, "seed": seed,
                             "scores": {"forward": round(log_p, 3), "reverse": round(reverse_log_p, 3)}}
@@ -331,13 +331,13 @@ def save_samples(run, name, groups, columns):
         record["picture"].save(path)
         known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
         entries.append({"file": file, **known})
-        print(f"{record.get('image', path)}: {label(run, record)}")
+        print(f"{record.get('image', path)}: {label(record)}")
     save_json(run, "samples", entries)
     for page, start in enumerate(range(0, len(entries), 64 * columns), 1):
         sheet = entries[start:start + 64 * columns]
         pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in sheet]
         path = os.path.join(run.save_dir, f"{name}_sheet_{page}.png" if page > 1 else f"{name}.png")
-        data.contact_sheet(pictures, [label(run, entry) for entry in sheet], columns).save(path)
+        data.contact_sheet(pictures, [label(entry) for entry in sheet], columns).save(path)
         print(f"wrote {path}")
 
 
@@ -347,12 +347,10 @@ def save_json(run, name, made):
         json.dump({"settings": dataclasses.asdict(run.config), name: made}, f, indent=1, ensure_ascii=False)
 
 
-def label(run, record):
-    """The words under a picture, and with --rerank the score that put it in its place."""
-    words = (f"paint: {record['prompt']}" if "prompt" in record else
-             f"it says: {record['caption']}" if "caption" in record else record["image"])
-    ranked = run.config.rerank > 1 and "scores" in record
-    return words + (f" [{run.rerank_score(**record['scores']):.1f}]" if ranked else "")
+def label(record):
+    """The words under a picture."""
+    return (f"paint: {record['prompt']}" if "prompt" in record else
+            f"it says: {record['caption']}" if "caption" in record else record["image"])
 
 
 def sheet_columns(group_size):
@@ -1097,7 +1095,7 @@ def check_uses(c, given):
         (c.html and (c.serve or c.export), "--html shows what is made: leave out --serve and --export"),
         (c.serve and c.n > MOST["n"], f"--serve paints {MOST['n']} pictures at a time, not {c.n}"),
         (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
-        (c.beam and c.rerank > 1, "--beam and --rerank both choose captions: leave one out"),
+        (c.beam and given.get("rerank", 1) > 1, "--beam and --rerank both choose captions: leave one out"),
         (c.beam and c.image and not c.variations and sampling,
          f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
     for made, sentence in mistakes:

@@ -2336,6 +2336,16 @@ def test_code_embeddings_are_of_what_codes_look_like():
     assert not biart().know_codes(vectors)
 
 
+def guided(conditional, null, guidance):
+    """Logits (V,) with guidance, one token after the other."""
+    p = conditional.softmax(0).tolist()
+    if guidance == 1:
+        return conditional.clone()
+    doubt = 1 - max(p)
+    return torch.stack([c + (guidance - 1) * doubt * (c - n) if share >= 0.03 * max(p) else c - torch.inf
+                        for c, n, share in zip(conditional, null, p)])
+
+
 def uncached(model, ref, to, length, seed, given=(), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0):
     """Generation the long way round: the whole sequence anew for every token, one sample at a time."""
     uniform = torch.rand(length, generator=torch.Generator().manual_seed(seed))
@@ -2346,11 +2356,12 @@ def uncached(model, ref, to, length, seed, given=(), temperature=1.0, top_k=0, t
             x = model.embed_side(ref, {"text": "image", "image": "text"}[to], 0, torch.tensor([null]))
             if tokens:
                 x = torch.cat([x, model.embed_side(torch.tensor([tokens]), to, 1)], 1)
-            scores.append(model.logits(model.transformer(x)[:, -1], to))
-        logits = scores[1] + guidance * (scores[0] - scores[1])
+            scores.append(model.logits(model.transformer(x)[0, -1], to))
+        logits = guided(*scores, guidance)
         if to == "text":
-            logits[:, 19] = -torch.inf
-        tokens.append(sample_token(logits, uniform[len(tokens)][None], temperature, top_k, top_p).item())
+            logits[19] = -torch.inf
+        u = uniform[len(tokens)][None]
+        tokens.append(sample_token(logits[None], u, temperature, top_k, top_p).item())
         if to == "text" and tokens[-1] == 18:
             tokens += [19] * (length - len(tokens))
     return tokens
@@ -2572,7 +2583,7 @@ def brute_force_beam(model, image, width, guidance):
                 x = model.embed_side(image, "image", 0, torch.tensor([null]))
                 x = torch.cat([x, model.embed_side(torch.tensor([tokens], dtype=torch.long), "text", 1)], 1)
                 scores.append(model.logits(model.transformer(x)[0, -1], "text"))
-            logits = scores[1] + guidance * (scores[0] - scores[1])
+            logits = guided(*scores, guidance)
             logits[19] = -torch.inf
             grown += [(tokens + [word], log_p + p)
                       for word, p in enumerate(logits.log_softmax(-1).tolist()) if word != 19]
@@ -2589,6 +2600,21 @@ def test_beams_against_a_search_without_cache(guidance):
     assert model.beam_search(image, 4, guidance=guidance)[0].tolist() == expected
     greedy = model.generate(image, "text", temperature=0, guidance=guidance)
     assert torch.equal(model.beam_search(image, 1, guidance=guidance)[0][:, 0], greedy)
+
+
+def test_guidance_takes_only_what_is_plausible_and_leaves_alone_what_is_sure():
+    class Logits(torch.nn.Module):
+        next_logits, config = BiART.next_logits, biart().config
+        logits = staticmethod(lambda h, to: h)
+
+    conditional = torch.tensor([0.5, 0.4, 0.099, 0.001]).log()
+    null = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
+    sure = torch.tensor([0.999, 0.001 / 3, 0.001 / 3, 0.001 / 3]).log()
+    logits = Logits().next_logits(torch.stack([conditional, sure, null, null]), "image", 5.0)
+    p = logits.softmax(1)
+    assert p[0, 3] == 0 and p[0, 1] > 0.9  # the ratio 4 to the power 2, times 0.4 / 0.5
+    torch.testing.assert_close(p[0, 1] / p[0, 0], torch.tensor(0.8 * 4 ** 2), rtol=1e-4, atol=0)
+    torch.testing.assert_close(p[1], torch.tensor([1.0, 0, 0, 0]))
 
 
 def test_likelihoods_in_parts_and_both_ways():
@@ -4438,7 +4464,7 @@ def test_the_page_paints_what_the_command_line_paints(server, finished, tmp_path
     status, page = answer(server, "/")
     content = page_content(page)
     assert status == 200 and content["live"] and content["side"] == 8
-    assert content["settings"]["top_p"] == train.SAMPLING["top_p"]
+    assert content["settings"]["guidance"] == train.GUIDANCE
     assert "biart_loss.png" in content["figures"]["biart"] and "samples" not in content["made"]
 
 
