@@ -4068,6 +4068,16 @@ def test_emulated_bfloat16_is_not_chosen(emulated, dtype, on_cuda):
     assert f"'dtype': torch.{dtype}" in on_cuda(dtype_on_cuda, emulated)
 
 
+def test_tiny_numbers_count_as_zero():
+    """On the threads of parallel work, too: those take over what holds when they start."""
+    job = """
+import torch, train
+train.Context("cpu", "float32", wide=False)
+print((torch.full((2 ** 22,), 1e-38) * 0.1).count_nonzero().item())
+"""
+    assert run(sys.executable, "-c", job, OMP_NUM_THREADS="2").split()[-1] == "0"
+
+
 MEMORY = {"preset": "released", "loss": "l2", "hidden": 64, "n_layer": 4, "vocab_size": 2048}
 
 

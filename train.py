@@ -819,6 +819,7 @@ class Context:
 
     def __init__(self, device, dtype, wide):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        torch.set_flush_denormal(True)  # or the tiny gradients of sure tokens make a step an eighth slower
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "mps" if works(try_step, "mps") else "cpu"
         if device == "cuda":  # set_device wants an index
