@@ -108,7 +108,7 @@ class SampleConfig:
 
     limits = {"window": "[0, 1024]", "keep_rows": "[0, inf)", "eval_items": "[1, inf)",
               "eval_pairs": "[1, inf)", "n": "[1, 1000]", "batch_size": "[1, inf)",
-              "temperature": "[0, inf)", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, 1e6]",
+              "temperature": "[0, 1e6]", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, 1e6]",
               "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "beam": "[0, inf)",
               "length_penalty": "[0, inf)", "port": "[0, 65535]"}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
