@@ -2825,7 +2825,7 @@ def test_windows_change_no_sample(loaded):
 
 @pytest.mark.slow
 def test_completion_keeps_rows_and_words(loaded):
-    used = loaded.with_settings(keep_rows=5, prefix="the large")
+    used = loaded.with_settings(keep_rows=5, prefix="the large", rerank=1)
     images = [data.Scenes("val", 2).image(i) for i in range(2)]
     codes, _ = used.encode(images)
     painted = list(used.paint_all(["a cross", "a circle"], 2, images))
