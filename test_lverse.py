@@ -4204,9 +4204,9 @@ def sharded_rank(out):
     plain, gathered = biart_module.sample_token, count_gathered()
     end = Tokenizer.load(os.path.join(out, "tokenizer.json")).end
 
-    def sample_token(logits, *given):
+    def sample_token(logits, *given, **how):
         at_once = os.environ["RANK"] == "1" and logits.shape[1] > end
-        return torch.full((len(logits),), end) if at_once else plain(logits, *given)
+        return torch.full((len(logits),), end) if at_once else plain(logits, *given, **how)
     biart_module.sample_token = sample_token
     train.main([*MINIATURE, "--device=cpu", "--out_dir", out, "--stage=biart", "--overwrite", "--shard",
                 "--optimizer=adamw", "--max_iters=2", "--eval_images=5"])
