@@ -303,9 +303,9 @@ class BiART(nn.Module):
         A training step's loss: samples 0, 2, 4 ... run text -> image, 1, 3, 5 ... image -> text, in one pass.
 
         text (B, n_text), image (B, n_image), null bool (B,) or None -> loss, a scalar in nats a token, the
-        mean of the two directions (weighted by t2i_weight and 1), and {"t2i": ..., "i2t": ...}. Each
-        direction is the mean over its samples
-        of the sample's mean over its tokens, which does not depend on how a batch is spread over ranks.
+        mean of the two directions (weighted by t2i_weight and 1), and {"t2i": ..., "i2t": ...}. Each is the
+        mean over its samples of the sample's mean over its tokens, which does not depend on how a batch is
+        spread over ranks.
         Raises ValueError where B is odd.
         """
         if len(text) % 2:
@@ -366,9 +366,9 @@ class BiART(nn.Module):
     def next_logits(self, h, to, guidance):
         """
         h (B, ..., C), or with guidance (2 B, ..., C) -> (B, ..., V). Classifier-free guidance with two
-        changes: it is scaled by doubt, 1 - max p, for where the model is all but sure of the background, it
-        would not change what is painted, but paint it always at the same place; and it chooses only among
-        tokens that are plausible without it, as contrastive decoding does.
+        changes. It is scaled by doubt, 1 - max p: in full, it would multiply the small odds that a thing
+        begins here, token by token, and all samples would paint it at the same place. And it chooses only
+        among tokens that are plausible without it, as contrastive decoding does.
         """
         logits = self.logits(h, to).float()
         if guidance != 1:
