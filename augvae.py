@@ -52,12 +52,13 @@ class AugVAEConfig:
     commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
+    vq_start: int = 0  # codebook updates before training quantises: see Codebook.forward
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     locality: float = 0.0  # AugVAE-SL: weight of locality_loss, which makes a cell's code its own affair
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
     limits = {"ae_dropout": "[0, 1)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)", "dead_below": "[0, 1)",
-              **dict.fromkeys(("commitment", "rate", "locality", "single_level"), "[0, inf)"),
+              **dict.fromkeys(("commitment", "vq_start", "rate", "locality", "single_level"), "[0, inf)"),
               **dict.fromkeys(("image_size", "hidden", "n_res_blocks", "n_groups", "z_channels",
                                "codebook_size", "codebook_dim"), "[1, inf)")}
 
@@ -240,11 +241,16 @@ class Codebook(nn.Module):
         """
         z (B, dim, h, w) -> z_q (B, dim, h, w) with straight-through gradients to z,
         codes LongTensor (B, h, w), and mse(sg[z_q], z), a scalar.
+
+        In training's first vq_start updates z_q is z, and the loss 0: the codes follow vectors that spread
+        freely. Were those held by the first few codes, most of their directions would die out for good.
         """
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes = self.nearest(z.detach().permute(0, 2, 3, 1).reshape(-1, self.dim))
             codes = codes.view(z.shape[0], *z.shape[2:])
+            if self.training and self.config.vq_start and self.updates < self.config.vq_start:
+                return z, codes, z.new_zeros(())
             z_q = self.lookup(codes)
             return z + (z_q - z).detach(), codes, F.mse_loss(z, z_q)
 
@@ -439,13 +445,15 @@ class AugVAE(nn.Module):
 
     def locality_loss(self, images, features):
         """
-        How much a cell's features depend on its neighbours: the distance between features (B, D, s, s) of
-        images whose cells are shuffled and the shuffled features of the images, in variances; a scalar. Codes
-        that stand for what is in their cell alone can be put together anew. None of the sources has it.
+        How much a cell's features depend on its neighbours, or through GroupNorm on its whole image: the
+        distance between features (B, D, s, s) of images whose cells are shuffled, all of a batch, and the
+        shuffled features of the images, in variances; a scalar. Codes that stand for what is in their cell
+        alone can be put together anew. None of the sources has it.
         """
-        order = torch.randperm(features.shape[2] * features.shape[3], device=images.device)
-        moved = self.features(shuffle_cells(images, order))[0]
-        return F.mse_loss(moved, shuffle_cells(features, order)) / features.var((0, 2, 3)).mean()
+        side = features.shape[-1]
+        order = torch.randperm(len(images) * side * side, device=images.device)
+        moved = self.features(shuffle_cells(images, order, side))[0]
+        return F.mse_loss(moved, shuffle_cells(features, order, side)) / features.var((0, 2, 3)).mean()
 
     @torch.no_grad()
     def encode(self, images):
@@ -491,13 +499,11 @@ class AugVAE(nn.Module):
         return model
 
 
-def shuffle_cells(x, order):
-    """(B, C, H, W), cut into len(order) = n * n cells, row by row -> cell i is what cell order[i] was."""
-    side = math.isqrt(len(order))
-    size = x.shape[2] // side
-    cells = x.unflatten(2, (side, size)).unflatten(4, (side, size)).permute(2, 4, 0, 1, 3, 5)
-    cells = cells.flatten(0, 1)[order].unflatten(0, (side, side))  # (side, side, B, C, size, size)
-    return cells.permute(2, 3, 0, 4, 1, 5).reshape(x.shape)
+def shuffle_cells(x, order, side):
+    """(B, C, H, W), cut into B * side * side cells, row by row -> cell i is what cell order[i] was."""
+    cells = x.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5)
+    moved = cells.flatten(0, 2)[order].view_as(cells)  # (B, side, side, C, H / side, W / side)
+    return moved.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
 # -----------------------------------------------------------------------------

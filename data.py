@@ -86,7 +86,7 @@ def fingerprint(*parts):
 # -----------------------------------------------------------------------------
 # Built-in scenes: one or two things, each with size, colour and shape, and how the first lies to the second
 
-SIZES = {"small": 4.5, "large": 7}  # radius, pixels
+SIZES = {"small": 4, "large": 8}  # radius, pixels
 COLOURS = {"red": (214, 48, 49), "orange": (240, 128, 30), "yellow": (245, 203, 32), "lime": (160, 215, 50),
            "green": (30, 140, 80), "teal": (20, 150, 150), "cyan": (110, 210, 240), "blue": (41, 98, 216),
            "purple": (142, 68, 173), "pink": (235, 100, 165), "brown": (125, 75, 40), "black": (45, 52, 54)}
@@ -102,7 +102,9 @@ PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a
 N_FULL, BACKWARD = 4, (3, 5)
 SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
-LATTICE = 4  # pixels; things lie on it, so that cells of this side see few different parts of a thing
+# Pixels. Things lie on this lattice, and most corners on it or half of it, so that cells of this side see the
+# same edges in things of either size and of several shapes, as small parts of natural pictures recur, too.
+LATTICE = 4
 
 
 def held_out(thing):
@@ -117,13 +119,13 @@ def held_out(thing):
 def outline(shape, x, y, r):
     """Corners of a shape of radius r around (x, y); None for a circle, which has none."""
     half = {  # right half, from top to bottom, in radii; the left one mirrors it
-        "square": [(0.86, -0.86), (0.86, 0.86)],
-        "triangle": [(0, -1), (1, 0.86)],
-        "cross": [(0.3, -1), (0.3, -0.3), (1, -0.3), (1, 0.3), (0.3, 0.3), (0.3, 1)],
-        "diamond": [(0, -1), (0.75, 0), (0, 1)],
+        "square": [(1, -1), (1, 1)],
+        "triangle": [(0, -1), (1, 1)],
+        "cross": [(0.5, -1), (0.5, -0.5), (1, -0.5), (1, 0.5), (0.5, 0.5), (0.5, 1)],
+        "diamond": [(0, -1), (1, 0), (0, 1)],
         "star": [(0, -1), (0.26, -0.34), (1, -0.28), (0.42, 0.18), (0.62, 0.9), (0, 0.5)],
-        "hourglass": [(0.86, -1), (0.22, 0), (0.86, 1)],
-        "arrow": [(0, -1), (1, 0.1), (0.36, 0.1), (0.36, 1)]}.get(shape)
+        "hourglass": [(1, -1), (0, 0), (1, 1)],
+        "arrow": [(0, -1), (1, 0), (0.5, 0), (0.5, 1)]}.get(shape)
     corners = half and half + [(-dx, dy) for dx, dy in reversed(half)]
     return corners and [(x + dx * r, y + dy * r) for dx, dy in corners]
 
@@ -133,7 +135,8 @@ def draw_things(things, centres, scale=4):
     image = Image.new("RGB", (SCENE_SIDE * scale,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for (size, colour, shape), (x, y) in zip(things, centres):
-        x, y, r = x * scale, y * scale, SIZES[size] * scale
+        # Pillow counts from the middle of a pixel, and draws the edge as well
+        x, y, r = x * scale - 0.5, y * scale - 0.5, SIZES[size] * scale - 0.5
         corners = outline(shape, x, y, r)
         if corners:
             draw.polygon(corners, fill=COLOURS[colour])
@@ -212,7 +215,8 @@ def place_things(relation, rng):
     """-> centres [(x, y)] in pixels on the lattice: of a thing alone, or of two in this relation."""
     if not relation:
         return [(LATTICE * rng.randint(2, 8), LATTICE * rng.randint(2, 8))]
-    near, far = ([LATTICE * rng.randint(*ends), LATTICE * rng.randint(4, 6)] for ends in ((2, 3), (7, 8)))
+    near, far = ([LATTICE * along, LATTICE * rng.randint(4, 6)]
+                 for along in rng.choice(((2, 7), (2, 8), (3, 8))))
     centres = [near, far] if relation in ("left of", "above") else [far, near]
     upright = relation in ("above", "below")
     return [(across, along) if upright else (along, across) for along, across in centres]

@@ -1557,6 +1557,22 @@ def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
     assert all(torch.equal(before[k], v) for k, v in book.state_dict().items())
 
 
+def test_training_quantises_from_vq_start_on():
+    torch.manual_seed(0)
+    book, z = Codebook(dataclasses.replace(TINY, vq_start=2)).train(), torch.randn(2, 6, 4, 4)
+    for n in range(4):
+        z_q, codes, loss = book(z)
+        assert torch.equal(z_q, z) and loss == 0 if n < 2 else loss > 0
+        assert torch.allclose(z_q, book.lookup(codes), atol=1e-6) == (n >= 2)
+        assert torch.allclose(book.eval()(z)[0], book.lookup(codes), atol=1e-6)
+        book.train().collect(z, codes)
+        book.update()
+    fresh = AugVAE(dataclasses.replace(TINY, vq_start=1)).train()
+    x = torch.randn(2, 3, TINY.image_size, TINY.image_size)
+    whole, commitment, _ = fresh(x)
+    assert commitment == 0 and torch.allclose(whole, fresh.reconstruct(fresh.features(x)), atol=1e-5)
+
+
 def test_joint_ema_update_against_a_loop():
     torch.manual_seed(0)
     book = Codebook(dataclasses.replace(TINY, dead_below=0.0, ema_decay=0.9, ema_eps=1e-9))
@@ -1717,12 +1733,15 @@ def test_single_level_surgery():
 
 
 def test_shuffled_cells_against_a_loop():
-    x, order = torch.randn(2, 3, 12, 12), torch.randperm(9)
-    moved = augvae.shuffle_cells(x, order)
-    for i in range(9):
-        (row, column), (from_row, from_column) = divmod(i, 3), divmod(int(order[i]), 3)
-        cell = x[:, :, 4 * from_row:4 * from_row + 4, 4 * from_column:4 * from_column + 4]
-        assert torch.equal(moved[:, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4], cell)
+    x, order = torch.randn(2, 3, 12, 12), torch.randperm(18)
+    moved = augvae.shuffle_cells(x, order, 3)
+
+    def cell(images, i):
+        image, row, column = i // 9, i % 9 // 3, i % 3
+        return images[image, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+
+    for i in range(18):
+        assert torch.equal(cell(moved, i), cell(x, int(order[i])))
 
 
 def test_locality_is_none_where_features_look_at_their_own_cell_alone():
