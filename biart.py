@@ -141,9 +141,12 @@ class Block(nn.Module):
 
 class CodeEmbedding(nn.Module):
     """
-    Embeddings of the image codes, (V, C), as nn.Embedding's: weight = own + MLP(AugVAE's code vectors). What
-    is learned of one code so holds for all that look alike, on both ends, as output weights are the same.
+    Embeddings of the image codes, (V, C), as nn.Embedding's: weight = own_share * own + MLP(AugVAE's code
+    vectors). What is learned of one code so holds for all that look alike, on both ends, as output weights
+    are the same. As Adam's steps are of one size, a small own_share lets what codes have in common go first.
     """
+    own_share = 0.2
+
     def __init__(self, config):
         super().__init__()
         c = config
@@ -159,7 +162,7 @@ class CodeEmbedding(nn.Module):
         if self.kept is not None and not torch.is_grad_enabled():
             return self.kept
         with torch.autocast(self.own.device.type, enabled=False):
-            weight = self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
+            weight = self.own_share * self.own + self.c_proj(F.gelu(self.c_fc(self.vectors)))
         if not (self.training or torch.is_grad_enabled()):
             self.kept = weight
         return weight
