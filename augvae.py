@@ -21,7 +21,6 @@ References:
 import argparse
 import contextlib
 import functools
-import math
 import os
 import re
 import textwrap
