@@ -135,13 +135,13 @@ def draw_things(things, centres, scale=4):
     image = Image.new("RGB", (SCENE_SIDE * scale,) * 2, BACKGROUND)
     draw = ImageDraw.Draw(image)
     for (size, colour, shape), (x, y) in zip(things, centres):
-        # Pillow counts from the middle of a pixel, and draws the edge as well
-        x, y, r = x * scale - 0.5, y * scale - 0.5, SIZES[size] * scale - 0.5
+        x, y, r = x * scale, y * scale, SIZES[size] * scale
         corners = outline(shape, x, y, r)
         if corners:
-            draw.polygon(corners, fill=COLOURS[colour])
+            # Pillow draws the right and the lower edge, too
+            draw.polygon([(cx - (cx > x), cy - (cy > y)) for cx, cy in corners], fill=COLOURS[colour])
         else:
-            draw.ellipse((x - r, y - r, x + r, y + r), fill=COLOURS[colour])
+            draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=COLOURS[colour])
     return image.reduce(scale)
 
 
