@@ -51,7 +51,7 @@ class AugVAEConfig:
     commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
     ema_decay: float = 0.99  # of the codebook's statistics, per optimizer step
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
-    vq_start: int = 0  # codebook updates before training quantises: see Codebook.forward
+    vq_start: int = 0  # optimizer steps before quantisation begins, while vectors spread; 0 is at once
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
     locality: float = 0.0  # AugVAE-SL: weight of locality_loss, which makes a cell's code its own affair
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
@@ -248,7 +248,8 @@ class Codebook(nn.Module):
             z = z.float()
             codes = self.nearest(z.detach().permute(0, 2, 3, 1).reshape(-1, self.dim))
             codes = codes.view(z.shape[0], *z.shape[2:])
-            if self.training and self.config.vq_start and self.updates < self.config.vq_start:
+            vq_start = self.config.vq_start if self.training else 0
+            if vq_start and self.updates < vq_start:  # where it is 0, no wait for the device
                 return z, codes, z.new_zeros(())
             z_q = self.lookup(codes)
             return z + (z_q - z).detach(), codes, F.mse_loss(z, z_q)

@@ -97,7 +97,8 @@ OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
 # How a caption begins, and which article it uses; with "the", a relation is stated. The last two captions of
-# a scene leave attributes out, and two of the six name things from right to left or from bottom to top.
+# a scene leave attributes out, and two of the six name things from right to left or from bottom to top: by
+# their place in the list, a known fault, as of full captions only those with "we see" do (see README.md).
 PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
 N_FULL, BACKWARD = 4, (3, 5)
 SCENE_SIDE = 40  # pixels
