@@ -96,11 +96,10 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0),  # where the first thing li
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# How a caption begins, and which article it uses; with "the", a relation is stated. The last two captions of
-# a scene leave attributes out, and two of the six name things from right to left or from bottom to top: by
-# their place in the list, a known fault, as of full captions only those with "we see" do (see README.md).
+# How a caption begins, and which article it uses; with "the", a relation is stated. A scene has one of each,
+# and those after the first N_FULL leave attributes out.
 PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
-N_FULL, BACKWARD = 4, (3, 5)
+N_FULL, N_BACKWARD = 4, 2
 SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
 # Pixels. Things lie on this lattice, and most corners on it or half of it, so that cells of this side see the
@@ -149,9 +148,9 @@ def draw_things(things, centres, scale=4):
 def paraphrases(things, relation, rng):
     """
     One or two (size, colour, shape), and the relation of two -> six captions, of which two leave attributes
-    out: "a red circle left of something small". Four go from left to right or from top to bottom, as most
-    people do, and two the other way: were it three and three, which thing is named first would not tell where
-    it lies, and the two could be told apart only after what the relation means is known.
+    out: "a red circle left of something small". Four, any of them, go from left to right or from top to
+    bottom, as most people do, and two the other way: were it three and three, which thing is named first
+    would not tell where it lies, and the two could be told apart only after what the relation means is known.
     """
     def name(thing, article, full):
         kept = 7 if full else rng.randrange(1, 8)  # three bits, one an attribute
@@ -162,10 +161,10 @@ def paraphrases(things, relation, rng):
             article = "an"
         return " ".join([article, *words]).strip()
 
-    captions = []
+    captions, backward = [], rng.sample(range(len(PHRASES)), N_BACKWARD)
     for i, (beginning, article) in enumerate(PHRASES):
         in_order, rel = things, relation
-        if relation and (i in BACKWARD) == (relation in ("left of", "above")):
+        if relation and (i in backward) == (relation in ("left of", "above")):
             in_order, rel = things[::-1], OPPOSITE[relation]
         first, *second = (name(thing, article, i < N_FULL) for thing in in_order)
         link = ["is"] * (article == "the") + [rng.choice(WORDS[rel])] if second else []

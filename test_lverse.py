@@ -483,6 +483,20 @@ def test_oracle_refuses_what_is_no_scene():
         assert data.parse_caption(caption) is None
 
 
+def test_every_way_to_begin_a_caption_names_things_in_either_order():
+    scenes, order = data.Scenes("train", 600), {}
+    for i in range(len(scenes)):
+        _, relation, _, captions = scenes.scene(i)
+        in_order = [any(f" {word} " in caption for name in ("left of", "above") for word in data.WORDS[name])
+                    for caption in captions if relation]
+        assert not relation or sum(in_order) == len(data.PHRASES) - data.N_BACKWARD
+        for phrase, forward in enumerate(in_order):
+            order.setdefault(phrase, []).append(forward)
+    assert len(order) == len(data.PHRASES)
+    for found in order.values():
+        assert 0.55 < np.mean(found) < 0.78  # 2/3, and four standard deviations
+
+
 def test_a_scene_said_the_other_way_round_is_the_same():
     a, b = ("small", "red", "circle"), ("large", "blue", "cross")
     assert data.facts([a, b], "above") == data.facts([b, a], "below") != data.facts([a, b], "below")
