@@ -99,7 +99,7 @@ WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("l
 # How a caption begins, and which article it uses; with "the", a relation is stated. A scene has one of each,
 # and those after the first N_FULL leave attributes out.
 PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
-N_FULL, N_BACKWARD = 4, 2
+N_FULL, N_BACKWARD = 4, 1
 SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
 # Pixels. Things lie on this lattice, and most corners on it or half of it, so that cells of this side see the
@@ -148,8 +148,8 @@ def draw_things(things, centres, scale=4):
 def paraphrases(things, relation, rng):
     """
     One or two (size, colour, shape), and the relation of two -> six captions, of which two leave attributes
-    out: "a red circle left of something small". Four, any of them, go from left to right or from top to
-    bottom, as most people do, and two the other way: were it three and three, which thing is named first
+    out: "a red circle left of something small". Five go from left to right or from top to bottom, as
+    most people do, and one, any of them, the other way: were it three and three, which thing is named first
     would not tell where it lies, and the two could be told apart only after what the relation means is known.
     """
     def name(thing, article, full):
