@@ -138,7 +138,7 @@ PRESETS = {
         "augvae_ml": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 300, "rate": 0.003, "vq_start": 100},
         "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005, "locality": 0.02,
                       "eval_interval": 500, "log_interval": 100},
-        "biart": {**SHORT_BIART, "max_iters": 3000, "eval_interval": 500, "log_interval": 50,
+        "biart": {**SHORT_BIART, "max_iters": 2800, "eval_interval": 500, "log_interval": 50,
                   "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}},
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
