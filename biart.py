@@ -28,7 +28,7 @@ from torch import nn
 
 REF, GEN = 0, 1
 OTHER = {"text": "image", "image": "text"}
-PLAUSIBLE = 0.03  # with guidance, tokens less than so many times as likely as the likeliest are out
+PLAUSIBLE = 0.003  # with guidance, tokens less than so many times as likely as the likeliest are out
 FASTEST_WINDOWS = {4: 16, 8: 8}  # of generate(), measured on 2 cores: up to so many images, this one
 
 
