@@ -1,8 +1,8 @@
 """
 Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, through one loop.
 
-On a laptop, all three stages on the built-in scenes (13 minutes on 2 CPU cores; validation losses reach
-0.00004 in AugVAE-SL and 0.14 in BiART):
+On a laptop, all three stages on the built-in scenes (14 minutes on 2 CPU cores; validation losses reach
+0.00004 in AugVAE-SL and 0.15 in BiART):
 $ python train.py
 
 On your own captioned pictures, in the MS-COCO layout:
