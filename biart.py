@@ -28,7 +28,9 @@ from torch import nn
 
 REF, GEN = 0, 1
 OTHER = {"text": "image", "image": "text"}
-PLAUSIBLE = 0.003  # with guidance, tokens less than so many times as likely as the likeliest are out
+# With guidance, tokens less than so many times as likely as the likeliest are out. The odds that a thing
+# never seen begins at a place are nearly as small: at 0.03, some captions gave nothing but empty pictures.
+PLAUSIBLE = 0.003
 FASTEST_WINDOWS = {4: 16, 8: 8}  # of generate(), measured on 2 cores: up to so many images, this one
 
 

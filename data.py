@@ -148,9 +148,9 @@ def draw_things(things, centres, scale=4):
 def paraphrases(things, relation, rng):
     """
     One or two (size, colour, shape), and the relation of two -> six captions, of which two leave attributes
-    out: "a red circle left of something small". Five go from left to right or from top to bottom, as
-    most people do, and one, any of them, the other way: were it three and three, which thing is named first
-    would not tell where it lies, and the two could be told apart only after what the relation means is known.
+    out: "a red circle left of something small". Five go from left to right or from top to bottom, as most
+    people do, and one, any of them, the other way: were it three and three, which thing is named first would
+    not tell where it lies, and the two could be told apart only after what the relation means is known.
     """
     def name(thing, article, full):
         kept = 7 if full else rng.randrange(1, 8)  # three bits, one an attribute
