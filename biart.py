@@ -51,7 +51,6 @@ class BiARTConfig:
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
     t2i_weight: float = 1.0  # weight of text -> image in the loss, where image -> text has 1
-    replace_prob: float = 0.0  # share of GEN image tokens that are others of the batch in training's inputs
     code_hidden: int = 0  # image tokens are embedded by an MLP of so many units of AugVAE's codes; 0: learned
     text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
@@ -62,7 +61,7 @@ class BiARTConfig:
 
     limits = {"n_layer": "[1, inf)", "n_head": "[1, inf)", "n_embd": "[1, inf)", "dropout": "[0, 1)",
               "n_text": "[2, inf)", "null_prob": "[0, 1]", "ref_loss": "[0, inf)",
-              "t2i_weight": "[0, inf)", "replace_prob": "[0, 1]", "code_hidden": "[0, inf)"}
+              "t2i_weight": "[0, inf)", "code_hidden": "[0, inf)"}
     choices = {"positions": ("modality", "sequence")}
 
     def __post_init__(self):
@@ -252,15 +251,7 @@ class BiART(nn.Module):
         return x + self.position_embedding(modality, segment)[:tokens.shape[1]]
 
     def embed(self, text, image, to, null=None):
-        """
-        The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank. In
-        training, replace_prob of the GEN image's tokens are others of the batch: what comes next must then be
-        read off the caption, and cannot be what once followed the tokens before.
-        """
-        if to == "image" and self.training and self.config.replace_prob:
-            others = image.flatten()[torch.randperm(image.numel(), device=image.device)].view_as(image)
-            replaced = torch.rand(image.shape, device=image.device) < self.config.replace_prob
-            image = torch.where(replaced, others, image)
+        """The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank."""
         sides, ref = {"text": text, "image": image}, OTHER[to]
         ref_side, gen_side = self.embed_side(sides[ref], ref, REF, null), self.embed_side(sides[to], to, GEN)
         return torch.cat([ref_side, gen_side], dim=1)
@@ -424,11 +415,11 @@ class BiART(nn.Module):
             draft.accept(self.decode_step(x, at, kv_len, to, guidance, cache), at)
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
-        # on a GPU few looks, and kv_len in multiples of 128, as each has a graph of its own
-        look_every, multiple = (16, 128) if ref.is_cuda else (1, 1)
+        multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
         self.passes, farthest, W = 0, 0, window
         while self.passes < draft.last:
-            if self.passes % look_every == 0 and (window > 1 or to == "text"):
+            rarely = ref.is_cuda or W == 1 and to == "image"  # where a look takes long, or changes little
+            if self.passes % (8 if rarely else 1) == 0:
                 going, farthest, hits = draft.look(self.sharded)
                 if not going:
                     break
@@ -542,7 +533,7 @@ class Draft:
         self.tokens = torch.zeros_like(self.uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
-        self.hits = torch.full((), 0.5, device=device)  # right guesses in a row, lately, on average
+        self.hits = torch.ones((), device=device)  # how often the first guess was right, lately
 
     def begin(self, logits):
         """The prompt's logits (B, V) give the first token, and the first guesses."""
@@ -563,7 +554,7 @@ class Draft:
         if self.window > 1:
             right = (found == tokens.gather(2, at + 1)).cumprod(2)  # 1 as long as all guesses were
             going = pos < self.last
-            self.hits.lerp_((right.sum(2, keepdim=True) * going).sum() / going.sum().clamp(min=1), 0.5)
+            self.hits.lerp_((right[..., :1] * going).sum() / going.sum().clamp(min=1), 0.15)
             tokens.scatter_(2, at + 1 + at.shape[2], found[..., -1:].expand_as(at))  # guesses: the same again
             pos.add_(right[..., :-1].sum(2, keepdim=True))
         tokens.scatter_(2, at + 1, found)
