@@ -53,10 +53,11 @@ class AugVAEConfig:
     ema_eps: float = 1e-5  # Laplace smoothing of the cluster sizes
     vq_start: int = 0  # optimizer steps before quantisation begins, while vectors spread; 0 is at once
     rate: float = 0.0  # of entropy-constrained quantisation, in code variances a nat; 0 is the nearest code
+    locality: float = 0.0  # AugVAE-SL: weight of locality_loss, which makes a cell's code its own affair
     dead_below: float = 0.03  # a code used less than this share of the mean is revived from the batch
     single_level: int = 0  # side of the one grid that AugVAE-SL keeps; 0 is AugVAE-ML
     limits = {"ae_dropout": "[0, 1)", "ema_decay": "[0, 1]", "ema_eps": "(0, inf)", "dead_below": "[0, 1)",
-              **dict.fromkeys(("commitment", "vq_start", "rate", "single_level"), "[0, inf)"),
+              **dict.fromkeys(("commitment", "vq_start", "rate", "locality", "single_level"), "[0, inf)"),
               **dict.fromkeys(("image_size", "hidden", "n_res_blocks", "n_groups", "z_channels",
                                "codebook_size", "codebook_dim"), "[1, inf)")}
 
@@ -429,7 +430,7 @@ class AugVAE(nn.Module):
     def forward(self, images, collect=False):
         """
         Images (B, 3, H, W) in [-1, 1] -> reconstruction (B, 3, H, W), not clamped; commitment loss, a scalar
-        (summed over levels, weight included); codes as encode() gives them.
+        (summed over levels, weight included, with locality, if asked for); codes as encode() gives them.
         `collect` hands the vectors to the codebook, whose update() then moves it once per optimizer step.
         """
         features = self.features(images)
@@ -438,7 +439,21 @@ class AugVAE(nn.Module):
             for z, code in zip(features, codes):
                 self.codebook.collect(z, code)
         commitment = sum(self.config.commitment * loss for loss in losses)
+        if self.config.locality and self.config.single_level and self.training:
+            commitment = commitment + self.config.locality * self.locality_loss(images, features[0])
         return self.reconstruct(quantised), commitment, list(codes)
+
+    def locality_loss(self, images, features):
+        """
+        How much a cell's features depend on its neighbours, or through GroupNorm on its whole image: the
+        distance between features (B, D, s, s) of images whose cells are shuffled, all of a batch, and the
+        shuffled features of the images, in variances; a scalar. Codes that stand for what is in their cell
+        alone can be put together anew. None of the sources has it.
+        """
+        side = features.shape[-1]
+        order = torch.randperm(len(images) * side * side, device=images.device)
+        moved = self.features(shuffle_cells(images, order, side))[0]
+        return F.mse_loss(moved, shuffle_cells(features, order, side)) / features.var((0, 2, 3)).mean()
 
     @torch.no_grad()
     def encode(self, images):
@@ -482,6 +497,13 @@ class AugVAE(nn.Module):
             weight = connector.weight.detach()  # a decoder's input is cat(level, coarser decoder)
             nn.init.dirac_(weight[:z] if i == 0 else weight[-z:])
         return model
+
+
+def shuffle_cells(x, order, side):
+    """(B, C, H, W), cut into B * side * side cells, row by row -> cell i is what cell order[i] was."""
+    cells = x.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5)
+    moved = cells.flatten(0, 2)[order].view_as(cells)  # (B, side, side, C, H / side, W / side)
+    return moved.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 
 # -----------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class BiARTConfig:
     null_prob: float = 0.1  # how often training blanks the whole REF side, for classifier-free guidance
     ref_loss: float = 0.0  # weight of the cross-entropy over REF tokens; 0 trains on GEN tokens alone
     t2i_weight: float = 1.0  # weight of text -> image in the loss, where image -> text has 1
+    replace_prob: float = 0.0  # share of GEN image tokens that are others of the batch in training's inputs
     code_hidden: int = 0  # image tokens are embedded by an MLP of so many units of AugVAE's codes; 0: learned
     text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
@@ -62,7 +63,7 @@ class BiARTConfig:
 
     limits = {"n_layer": "[1, inf)", "n_head": "[1, inf)", "n_embd": "[1, inf)", "dropout": "[0, 1)",
               "n_text": "[2, inf)", "null_prob": "[0, 1]", "ref_loss": "[0, inf)",
-              "t2i_weight": "[0, inf)", "code_hidden": "[0, inf)"}
+              "t2i_weight": "[0, inf)", "replace_prob": "[0, 1]", "code_hidden": "[0, inf)"}
     choices = {"positions": ("modality", "sequence")}
 
     def __post_init__(self):
@@ -252,7 +253,15 @@ class BiART(nn.Module):
         return x + self.position_embedding(modality, segment)[:tokens.shape[1]]
 
     def embed(self, text, image, to, null=None):
-        """The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank."""
+        """
+        The layout of one direction: (B, n_text + n_image, C). Where null (B,), its REF side is blank. In
+        training, replace_prob of the GEN image's tokens are others of the batch: what comes next must then be
+        read off the caption, and cannot be what once followed the tokens before.
+        """
+        if to == "image" and self.training and self.config.replace_prob:
+            others = image.flatten()[torch.randperm(image.numel(), device=image.device)].view_as(image)
+            replaced = torch.rand(image.shape, device=image.device) < self.config.replace_prob
+            image = torch.where(replaced, others, image)
         sides, ref = {"text": text, "image": image}, OTHER[to]
         ref_side, gen_side = self.embed_side(sides[ref], ref, REF, null), self.embed_side(sides[to], to, GEN)
         return torch.cat([ref_side, gen_side], dim=1)
@@ -680,8 +689,8 @@ def packed(weights):
     """
     product = torch.ones(1, 1) @ torch.ones(1, 1)  # of another type under autocast
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # torch for macOS has none
-    weights = [w for w in weights if lay_out and w.device.type == "cpu" and w.dtype == product.dtype]
-    weights = weights if product.dtype == torch.float32 else []
+    may = lay_out and product.dtype == torch.float32
+    weights = [w for w in weights if may and w.device.type == "cpu" and w.dtype == torch.float32]
     try:
         for weight in weights:
             weight.packed = lay_out(weight.detach())

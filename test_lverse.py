@@ -1746,6 +1746,35 @@ def test_single_level_surgery():
         ml.single_level(5)
 
 
+def test_shuffled_cells_against_a_loop():
+    x, order = torch.randn(2, 3, 12, 12), torch.randperm(18)
+    moved = augvae.shuffle_cells(x, order, 3)
+
+    def cell(images, i):
+        image, row, column = i // 9, i % 9 // 3, i % 3
+        return images[image, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
+
+    for i in range(18):
+        assert torch.equal(cell(moved, i), cell(x, int(order[i])))
+
+
+def test_locality_is_none_where_features_look_at_their_own_cell_alone():
+    torch.manual_seed(0)
+    vae = AugVAE(dataclasses.replace(TINY, locality=0.1)).single_level(TINY.levels[0])
+    size, side = TINY.image_size // TINY.levels[0], TINY.levels[0]
+    x = torch.randn(2, 3, TINY.image_size, TINY.image_size)
+    own = nn.Conv2d(3, TINY.codebook_dim, size, stride=size)  # a cell's features, of its pixels alone
+    far = nn.Conv2d(3, TINY.codebook_dim, 3 * size, stride=size, padding=size)
+    for conv, low, high in ((own, 0, 1e-6), (far, 0.5, 10)):
+        vae.features = lambda images, conv=conv: [conv(images)]
+        assert low <= vae.locality_loss(x, vae.features(x)[0]) <= high
+    del vae.features
+    with_it, without = (vae.train(mode)(x)[1] for mode in (True, False))
+    assert with_it > without and vae.config.single_level == side
+    vae.config.locality = 0.0
+    assert torch.allclose(vae.train()(x)[1], without)
+
+
 def test_attention_sits_where_the_release_has_it():
     plain, attentive = AugVAE(TINY), AugVAE(dataclasses.replace(TINY, attention=True))
     added = ({n.rsplit(".", 2)[0] for n in attentive.state_dict()}
@@ -2332,6 +2361,26 @@ def test_directions_are_weighted():
     assert torch.allclose(biart()(text, image)[0], (parts["t2i"] + parts["i2t"]) / 2)
 
 
+def test_inputs_are_replaced_in_training_alone_and_on_the_gen_image_alone():
+    model, (text, image) = biart(replace_prob=1.0), captions_and_codes()
+    plain = {to: model.embed(text, image, to) for to in ("image", "text")}
+    torch.manual_seed(0)
+    shuffled = image.flatten()[torch.randperm(36)].view(4, 9)
+    model.train()
+    torch.manual_seed(0)
+    expected = torch.cat([plain["image"][:, :6], model.embed_side(shuffled, "image", 1)], 1)
+    assert torch.equal(model.embed(text, image, "image"), expected)
+    assert torch.equal(model.embed(text, image, "text"), plain["text"])
+    model.config.replace_prob = 0.25
+    torch.manual_seed(0)
+    image = torch.arange(4000 * 9).view(4000, 9)
+    seen = []
+    model.embed_side = lambda tokens, modality, *_: seen.append(tokens) or torch.zeros(4000, 1, 1)
+    model.embed(text, image, "image")
+    share = (seen[1] != image).float().mean().item()
+    assert abs(share - 0.25) < 0.02
+
+
 def test_code_embeddings_are_of_what_codes_look_like():
     model, vectors = biart(code_hidden=5, code_dim=3), torch.randn(12, 3) * 4 + 1
     vectors[7] = vectors[2]
@@ -2673,7 +2722,7 @@ MINIATURE = ["--image_size=64", "--levels=8,4", "--token_grid=8", "--ch_mult", "
              "--n_groups=4", "--z_channels=16", "--codebook_size=32", "--codebook_dim=8", "--n_layer=1",
              "--n_head=2", "--n_embd=16", "--n_scenes=24", "--batch_size=4", "--max_iters=4",
              "--eval_interval=2", "--log_interval=1", "--eval_images=6", "--vq_start=2"]
-STEADY = ["--dropout=0"]  # nothing that depends on how a batch is cut
+STEADY = ["--dropout=0", "--replace_prob=0"]  # nothing that depends on how a batch is cut
 
 
 def run(*command, ok=True, **environment):
@@ -3109,7 +3158,7 @@ def losses(out, stage):
 @pytest.mark.slow
 def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
-    given = [*MINIATURE, *STEADY, "--device=cpu", "--max_iters=5"]
+    given = [*MINIATURE, *STEADY, "--locality=0", "--device=cpu", "--max_iters=5"]
     run(*TORCHRUN, "train.py", *given, "--out_dir", out, "--batch_size=2")
     alone.mkdir()
     for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):

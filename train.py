@@ -136,10 +136,10 @@ PRESETS = {
              "token_grid": 10, "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 300, "rate": 0.003, "vq_start": 100},
-        "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005,
+        "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005, "locality": 0.02,
                       "eval_interval": 500, "log_interval": 100},
         "biart": {**SHORT_BIART, "max_iters": 2800, "eval_interval": 500, "log_interval": 50,
-                  "code_hidden": 64, "t2i_weight": 5.0}},
+                  "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}},
     "small": {
         "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
              "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "rate": 0.0003,
@@ -599,8 +599,8 @@ def read_augvae(name, settings):
     given, own = settings.train.init_from, os.path.join(settings.train.out_dir, f"{name}.pt")
     checkpoint = None if given else load_checkpoint(own, name)
     vae = load_augvae(given) if given else build_model(AugVAE, AugVAEConfig, checkpoint, own)
-    if settings.stage != "biart":  # each stage of AugVAE has its own; BiART's tokens keep theirs
-        vae.config.rate = settings.augvae.rate
+    if settings.stage != "biart":  # each stage of AugVAE has its own of these; BiART's tokens keep theirs
+        vae.config.rate, vae.config.locality = settings.augvae.rate, settings.augvae.locality
     side = vae.config.single_level or settings.train.token_grid
     for key, value in {**asdict(vae.config), "token_grid": side}.items():
         if settings.given.get(key, value) != value:
