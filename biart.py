@@ -434,7 +434,8 @@ class BiART(nn.Module):
             draft.begin(logits)
             self.passes, farthest, W = 0, 0, window
             while self.passes < draft.last:
-                rarely = ref.is_cuda or W == 1 and to == "image"  # where a look takes long, or changes little
+                # where a look takes long, or changes little; ranks of one sharded model must look together
+                rarely = ref.is_cuda or W == 1 and to == "image" and not self.sharded
                 if (window > 1 or to == "text") and self.passes % (8 if rarely else 1) == 0:
                     going, farthest, hits = draft.look(self.sharded)
                     if not going:

@@ -4240,7 +4240,8 @@ class Waiting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         for x in tree_flatten((args, kwargs))[0] if self.works else ():
-            if isinstance(x, torch.Tensor) and x.untyped_storage().data_ptr() in self.works:
+            plain = isinstance(x, torch.Tensor) and x.layout is torch.strided  # oneDNN's have no storage
+            if plain and x.untyped_storage().data_ptr() in self.works:
                 self.works.pop(x.untyped_storage().data_ptr())[1].wait()
         return func(*args, **kwargs or {})
 
