@@ -339,7 +339,7 @@ class BiART(nn.Module):
     # Generation: prefill reads the prompt, decode_step adds tokens, generate and beam_search choose them
 
     def linear_weights(self, to):
-        """Of the layers, and of the logits of what is generated."""
+        """-> [(out, in)] of all layers and of the logits of `to`, for `packed`; none of a sharded model."""
         layers = [layer.weight for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
         return [] if self.sharded else [*layers, self.token[to].weight]
 
@@ -702,7 +702,7 @@ def packed(weights):
 
 
 def linear(x, weight, bias=None):
-    """F.linear: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
+    """F.linear, by oneDNN if `packed`: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
     copy = getattr(weight, "packed", None)
     if copy is None:
         return F.linear(x, weight, bias)
