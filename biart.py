@@ -32,7 +32,7 @@ OTHER = {"text": "image", "image": "text"}
 # With guidance, tokens less than so many times as likely as the likeliest are out. The odds that a thing
 # never seen begins at a place are nearly as small: at 0.03, some captions gave nothing but empty pictures.
 PLAUSIBLE = 0.003
-FASTEST_WINDOWS = {4: 16, 8: 8}  # of generate(), measured on 2 cores: up to so many images, this one
+FASTEST_WINDOWS = {4: 16, 16: 8, 256: 4}  # of generate(), measured on 2 cores: up to so many images, this one
 
 
 def derived(default):
@@ -425,7 +425,7 @@ class BiART(nn.Module):
             """One pass. In place and without a look at any value, so that a graph can replay it."""
             tokens, at = draft.read(W)
             x = self.token[to](tokens) + position[at]  # (B, n, W, C)
-            draft.accept(self.decode_step(x, at, kv_len, to, guidance, cache), at)
+            draft.accept(self.decode_step(x, at, kv_len, to, guidance, cache), tokens, at)
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
@@ -543,7 +543,7 @@ class Draft:
     """
     def __init__(self, config, to, prefix, n, seeds, window, choose):
         """choose: logits (N, V), random numbers (N,) -> tokens (N,)."""
-        self.config, self.to, self.prefix, self.window, self.choose = config, to, prefix, window, choose
+        self.config, self.to, self.prefix, self.choose = config, to, prefix, choose
         (B, m), total, device = prefix.shape, config.length(to), prefix.device
         uniform = torch.stack([torch.rand(total, generator=torch.Generator().manual_seed(int(seed)))
                                for seed in seeds])
@@ -567,17 +567,17 @@ class Draft:
         at = self.pos + torch.arange(W, device=self.pos.device)
         return self.tokens.gather(2, at), at
 
-    def accept(self, logits, at):
-        """Logits (B, n, W, V) behind tokens at (B, n, W) give new ones: known as far as these were right."""
-        tokens, pos, found = self.tokens, self.pos, self.pick(logits, at + 1)
-        if self.window > 1:
-            right = (found == tokens.gather(2, at + 1)).cumprod(2)  # 1 as long as all guesses were
-            going = pos < self.last
-            self.hits.lerp_((right[..., :1] * going).sum() / going.sum().clamp(min=1), 0.15)
-            tokens.scatter_(2, at + 1 + at.shape[2], found[..., -1:].expand_as(at))  # guesses: the same again
-            pos.add_(right[..., :-1].sum(2, keepdim=True))
-        tokens.scatter_(2, at + 1, found)
-        pos.add_(1).clamp_(max=self.last)
+    def accept(self, logits, tokens, at):
+        """Logits (B, n, W, V) behind what read() gave give new tokens: known as far as these were right."""
+        W, found, more = at.shape[2], self.pick(logits, at + 1), 1
+        if W > 1:
+            right = (found[..., :-1] == tokens[..., 1:]).cumprod(2)  # 1 as long as all guesses were
+            more = right.sum(2, keepdim=True) + 1
+            self.tokens.scatter_(2, at + 1 + W, found[..., -1:].expand_as(at))  # guesses: the same again
+        self.tokens.scatter_(2, at + 1, found)
+        self.pos.add_(more).clamp_(max=self.last)
+        first_guess = tokens[..., :2][..., -1]  # without any: the same again
+        self.hits.lerp_((found[..., 0] == first_guess).float().mean(), 1 - 0.85 ** self.pos.numel())
 
     def look(self, sharded):
         """-> samples that go on, the farthest pos, hits. A GPU waits for these values."""
@@ -623,19 +623,18 @@ class KVCache:
         the prompt, to their candidate's tokens before them, and to themselves. -> the shape of q.
         """
         B, nh, T, hs = q.shape
+        scale = hs ** -0.5
         if i == len(self.prompt):
-            self.prompt.append(torch.stack([k, v]).flatten(1, 2))
+            self.prompt.append(torch.stack([k * scale, v]).flatten(1, 2))
             self.own.append(k.new_zeros(2, B * nh * self.n, self.length, hs))
             return causal_attention(q, k, v)
-        q = (q * hs ** -0.5).reshape(B * nh, T, hs)
-        own_q, k, v = (t.reshape(B * nh * self.n, -1, hs) for t in (q, k, v))  # (B * nh * n, W, hs)
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[i], self.own[i]
-        own_k.scatter_(1, self.pos.expand_as(k), k)
-        own_v.scatter_(1, self.pos.expand_as(v), v)
-        own_k, own_v = own_k[:, :self.kv_len], own_v[:, :self.kv_len]
-        # = softmax(q k^T) v over the prompt's keys and then the candidate's own, side by side
-        prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T)
-        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT)  # (B * nh * n, W, kv_len)
+        q, own_q = q.reshape(B * nh, T, hs), q.reshape(B * nh * self.n, -1, hs)  # (B * nh * n, W, hs)
+        kv = torch.stack([k, v]).view(2, *own_q.shape)
+        self.own[i].scatter_(2, self.pos.expand_as(kv), kv)
+        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[i], self.own[i][:, :, :self.kv_len]
+        # = softmax(scale q k^T) v over the prompt's keys and then the candidate's own, side by side
+        prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T); its keys are scaled
+        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT, alpha=scale)  # (B * nh * n, W, kv_len)
         scores = torch.cat([prompt_scores.view(*own_q.shape[:2], -1), own_scores], dim=2)
         prompt_p, own_p = scores.softmax(-1).split([prompt_k.shape[1], self.kv_len], dim=2)
         y = torch.bmm(prompt_p.reshape_as(prompt_scores), prompt_v)  # (B * nh, n * W, hs)
@@ -709,9 +708,10 @@ def linear(x, weight, bias=None):
     if x.numel() > x.shape[-1]:
         return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
     # one row, bound by reading weights, which a batch of 16 products does best
-    parts = weight.view(math.gcd(len(weight), 16), -1, weight.shape[1])  # (16, out / 16, in)
-    y = torch.bmm(parts, x.reshape(1, 1, -1).expand(len(parts), -1, -1).mT).view(*x.shape[:-1], -1)
-    return y if bias is None else y + bias
+    n = math.gcd(len(weight), 16)
+    parts, x_each = weight.view(n, -1, weight.shape[1]), x.reshape(1, 1, -1).expand(n, -1, -1).mT
+    y = torch.bmm(parts, x_each) if bias is None else torch.baddbmm(bias.view(n, -1, 1), parts, x_each)
+    return y.view(*x.shape[:-1], -1)
 
 
 def norm_linear(x, ln, layer):
