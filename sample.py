@@ -25,6 +25,7 @@ import base64
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -1060,8 +1061,11 @@ def bench(config):
         print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
               f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows")
     guidance, image = seconds(short, 1, guidance=2.0) / one, seconds(whole, 1)
-    windows = {str(batch): one_by_one / seconds(short, batch, window=0)  # here no guess is ever right
-               for batch, one_by_one in ((1, one), (8, 8 * 256 / speed["8"]))}
+    windows = {}  # here no guess is ever right; in turns, as a machine's speed drifts
+    for batch in (1, 8):
+        pairs = [[context.timeit(functools.partial(short.generate, text[:batch], "image", window=window))
+                  for window in (1, 0)] for _ in range(6)]
+        windows[str(batch)] = median(a / b for a, b in pairs[1:])
     growth = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (one / 256)
     print(f"guidance costs {guidance:.2f} times as much; a whole image of 1024 tokens takes {image:.1f} s; "
           f"a token at its end takes {growth:.2f} times as long; windows of guesses, none of them right: "
