@@ -552,7 +552,7 @@ class Draft:
         self.tokens = torch.zeros_like(self.uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
-        self.hits = torch.ones((), device=device)  # how often the first guess was right, lately
+        self.hits = torch.ones((), device=device)  # share of right ones among first guesses, lately, all samples
 
     def begin(self, logits):
         """The prompt's logits (B, V) give the first token, and the first guesses."""
@@ -568,7 +568,7 @@ class Draft:
         return self.tokens.gather(2, at), at
 
     def accept(self, logits, tokens, at):
-        """Logits (B, n, W, V) behind what read() gave give new tokens: known as far as these were right."""
+        """What read() gave, and logits (B, n, W, V) behind it: new tokens, known as far as guesses were right."""
         W, found, more = at.shape[2], self.pick(logits, at + 1), 1
         if W > 1:
             right = (found[..., :-1] == tokens[..., 1:]).cumprod(2)  # 1 as long as all guesses were
@@ -707,7 +707,7 @@ def linear(x, weight, bias=None):
         return F.linear(x, weight, bias)
     if x.numel() > x.shape[-1]:
         return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
-    # one row, bound by reading weights, which a batch of 16 products does best
+    # one row, bound by reading weights, which a batch of 16 products, of (out / 16, in) each, does best
     n = math.gcd(len(weight), 16)
     parts, x_each = weight.view(n, -1, weight.shape[1]), x.reshape(1, 1, -1).expand(n, -1, -1).mT
     y = torch.bmm(parts, x_each) if bias is None else torch.baddbmm(bias.view(n, -1, 1), parts, x_each)
