@@ -552,7 +552,7 @@ class Draft:
         self.tokens = torch.zeros_like(self.uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
-        self.hits = torch.ones((), device=device)  # share of right ones among first guesses, lately, all samples
+        self.hits = torch.ones((), device=device)  # share of first guesses that were right, lately
 
     def begin(self, logits):
         """The prompt's logits (B, V) give the first token, and the first guesses."""
@@ -568,7 +568,7 @@ class Draft:
         return self.tokens.gather(2, at), at
 
     def accept(self, logits, tokens, at):
-        """What read() gave, and logits (B, n, W, V) behind it: new tokens, known as far as guesses were right."""
+        """From read(), and logits (B, n, W, V) behind it: new tokens, known as far as guesses are right."""
         W, found, more = at.shape[2], self.pick(logits, at + 1), 1
         if W > 1:
             right = (found[..., :-1] == tokens[..., 1:]).cumprod(2)  # 1 as long as all guesses were
