@@ -338,10 +338,10 @@ class BiART(nn.Module):
     # -------------------------------------------------------------------------
     # Generation: prefill reads the prompt, decode_step adds tokens, generate and beam_search choose them
 
-    def linear_weights(self, to):
-        """-> [(out, in)] of all layers and of the logits of `to`, for `packed`; none of a sharded model."""
+    def packed(self, to, rows):
+        """`packed`, of all layers and the logits of `to`; of none for single rows or sharded blocks."""
         layers = [layer.weight for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
-        return [] if self.sharded else [*layers, self.token[to].weight]
+        return packed([] if self.sharded or rows == 1 else [*layers, self.token[to].weight])
 
     @property
     def sharded(self):
@@ -429,7 +429,7 @@ class BiART(nn.Module):
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
-        with packed(self.linear_weights(to)):
+        with self.packed(to, draft.pos.numel() * window * (1 if guidance == 1 else 2)):
             logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
             draft.begin(logits)
             self.passes, farthest, W = 0, 0, window
@@ -473,7 +473,7 @@ class BiART(nn.Module):
         pad_only = log_p.new_full((c.text_vocab,), -torch.inf)  # behind an end token: padding, for certain
         pad_only[c.pad_token] = 0
         position = self.position_embedding("text", GEN)[prefix.shape[1]:]
-        with packed(self.linear_weights("text")):
+        with self.packed("text", B * width * (1 if guidance == 1 else 2)):
             logits, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
             logits = logits[:, None].expand(B, width, -1)
             for i in range(n_new):
@@ -507,7 +507,7 @@ class BiART(nn.Module):
         c, T, ref_len = self.config, self.config.n_text + self.config.n_image, self.config.length(OTHER[to])
         chunk_rows = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * T))
         nll = []
-        with packed(self.linear_weights(to)):
+        with self.packed(to, len(text) * T):
             for t, i in zip(text.split(chunk_rows), image.split(chunk_rows)):
                 h = self.transformer(self.embed(t, i, to), [ref_len - 1]).view(len(t), T - ref_len + 1, -1)
                 nll.append(self.cross_entropy(h[:, :-1], {"text": t, "image": i}[to], to)[1])
@@ -603,17 +603,26 @@ class Draft:
 class KVCache:
     """
     Keys and values of all blocks while decoding: the prompts', and those of the tokens that n candidates of
-    each add, at most `length`. A prompt's are kept once, for all of its candidates.
+    each add, at most `length`. Those of n = 1 follow their prompt's in a row; else a prompt's are kept once,
+    for all of its candidates.
     """
     def __init__(self, n_head, n, length):
         self.n_head, self.n, self.length = n_head, n, length
         self.prompt, self.own = [], []  # of each block: (2, B * nh, T, hs), and (2, B * nh * n, length, hs)
 
+    def begin(self, k, v):
+        """The next block's k and v (B, nh, T, hs) of the prompts."""
+        kv = torch.stack([k, v]).flatten(1, 2)  # (2, B * nh, T, hs)
+        self.first = kv.shape[2] if self.n == 1 else 0  # where own tokens begin in their row
+        self.prompt.append(kv if self.n > 1 else None)
+        self.own.append(F.pad(kv, (0, 0, 0, self.length)) if self.n == 1 else
+                        kv.new_zeros(2, kv.shape[1] * self.n, self.length, kv.shape[3]))
+
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
-        self.kv_len = kv_len
+        self.kv_len, pos = self.first + kv_len, self.first + pos
         self.pos = pos.repeat_interleave(self.n_head, 0).view(-1, pos.shape[2], 1)  # (B * nh * n, W, 1)
-        future = torch.arange(kv_len, device=pos.device) > self.pos  # (B * nh * n, W, kv_len)
+        future = torch.arange(self.kv_len, device=pos.device) > self.pos  # (B * nh * n, W, kv_len)
         self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
 
     def attend(self, i, q, k, v):
@@ -622,28 +631,30 @@ class KVCache:
         causal_attention. Then they are of W tokens of each candidate, (B, nh, n * W, hs), which attend to
         the prompt, to their candidate's tokens before them, and to themselves. -> the shape of q.
         """
-        B, nh, T, hs = q.shape
-        scale = hs ** -0.5
-        if i == len(self.prompt):
-            self.prompt.append(torch.stack([k * scale, v]).flatten(1, 2))
-            self.own.append(k.new_zeros(2, B * nh * self.n, self.length, hs))
+        if i == len(self.own):
+            self.begin(k, v)
             return causal_attention(q, k, v)
-        q, own_q = q.reshape(B * nh, T, hs), q.reshape(B * nh * self.n, -1, hs)  # (B * nh * n, W, hs)
-        kv = torch.stack([k, v]).view(2, *own_q.shape)
+        B, nh, _, hs = q.shape
+        kv = torch.stack([k, v]).view(2, len(self.pos), -1, hs)  # (2, B * nh * n, W, hs)
         self.own[i].scatter_(2, self.pos.expand_as(kv), kv)
-        (prompt_k, prompt_v), (own_k, own_v) = self.prompt[i], self.own[i][:, :, :self.kv_len]
-        # = softmax(scale q k^T) v over the prompt's keys and then the candidate's own, side by side
-        prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T); its keys are scaled
+        own = self.own[i][:, :, :self.kv_len]
+        if self.n == 1:
+            k, v = own.unflatten(1, (B, nh))
+            return F.scaled_dot_product_attention(q, k, v, self.mask.unflatten(0, (B, nh)))
+        # = the same over rows of the prompt's keys and then the candidate's own, side by side
+        (prompt_k, prompt_v), (own_k, own_v), scale = self.prompt[i], own, hs ** -0.5
+        q, own_q = q.reshape(B * nh, -1, hs), q.reshape(len(self.pos), -1, hs)  # (B * nh * n, W, hs)
+        prompt_scores = torch.bmm(q * scale, prompt_k.mT)  # (B * nh, n * W, T)
         own_scores = torch.baddbmm(self.mask, own_q, own_k.mT, alpha=scale)  # (B * nh * n, W, kv_len)
         scores = torch.cat([prompt_scores.view(*own_q.shape[:2], -1), own_scores], dim=2)
         prompt_p, own_p = scores.softmax(-1).split([prompt_k.shape[1], self.kv_len], dim=2)
         y = torch.bmm(prompt_p.reshape_as(prompt_scores), prompt_v)  # (B * nh, n * W, hs)
-        return torch.baddbmm(y.view_as(own_q), own_p, own_v).view(B, nh, T, hs)
+        return torch.baddbmm(y.view_as(own_q), own_p, own_v).view(B, nh, -1, hs)
 
     def reorder(self, parent, kv_len):
         """Candidate j takes over the first kv_len tokens of candidate parent[:, j] of its prompt."""
         for own in self.own:  # with guidance, of twice as many prompts
-            own = own[..., :kv_len, :].unflatten(1, (-1, self.n_head, self.n))
+            own = own[..., :self.first + kv_len, :].unflatten(1, (-1, self.n_head, self.n))
             index = parent.repeat(own.shape[1] // len(parent), 1)[None, :, None, :, None, None]
             own.copy_(own.gather(3, index.expand_as(own)))  # (2, B, nh, n, kv_len, hs)
 
@@ -685,7 +696,7 @@ def packed(weights):
     """
     While this lasts, `linear` multiplies by copies of these weights (out, in) that oneDNN laid out, if they
     are float32 on a CPU and products are, too. For 2 to 64 rows that is two to five times as fast as
-    F.linear, for more a fifth faster.
+    F.linear, for more a fifth faster; one row needs no copies.
     """
     product = torch.ones(1, 1) @ torch.ones(1, 1)  # of another type under autocast
     lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # torch for macOS has none
@@ -702,11 +713,10 @@ def packed(weights):
 
 def linear(x, weight, bias=None):
     """F.linear, by oneDNN if `packed`: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
-    copy = getattr(weight, "packed", None)
-    if copy is None:
-        return F.linear(x, weight, bias)
-    if x.numel() > x.shape[-1]:
-        return torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], "")
+    if x.numel() > x.shape[-1] or not x.is_cpu:
+        copy = getattr(weight, "packed", None)
+        return (F.linear(x, weight, bias) if copy is None else
+                torch.ops.mkldnn._linear_pointwise(x, copy, bias, "none", [], ""))
     # one row, bound by reading weights, which a batch of 16 products, of (out / 16, in) each, does best
     n = math.gcd(len(weight), 16)
     parts, x_each = weight.view(n, -1, weight.shape[1]), x.reshape(1, 1, -1).expand(n, -1, -1).mT

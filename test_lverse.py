@@ -2204,7 +2204,23 @@ def test_packed_weights_give_the_same_product(rows, out, biased):
         assert torch.allclose(biart_module.linear(x.t()[:12, :12].t(), weight, bias),  # another layout
                               F.linear(x[:12], weight, bias), atol=1e-5)
     weight.mul_(2)  # what was laid out does not outlive it
-    assert torch.equal(biart_module.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert torch.allclose(biart_module.linear(x, weight, bias), F.linear(x, weight, bias), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("biased", [False, True])
+def test_one_row_has_the_same_product_and_gradients(dtype, biased):
+    torch.manual_seed(0)
+    seen, tolerance = [], {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
+    tensors = [torch.randn(1, 1, 12), torch.randn(32, 12), torch.randn(32)]
+    for product in (biart_module.linear, F.linear):
+        x, weight, bias = (t.to(torch.float64 if dtype is torch.float64 else torch.float32, copy=True)
+                           .requires_grad_() for t in tensors)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = product(x, weight, bias if biased else None)
+        seen.append([y, *torch.autograd.grad(y.float().square().sum(), [x, weight])])
+    for a, b in zip(*seen):
+        assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
 @torch.no_grad()
