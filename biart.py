@@ -350,33 +350,32 @@ class BiART(nn.Module):
 
     def prefill(self, ref, to, prefix, guidance, n, length):
         """
-        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> logits of the next token (B, V), and a cache
-        with room for `length` more tokens of each of n candidates. With guidance, the B prompts with a blank
-        REF side go along as the second half of the batch.
+        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> the last one's hidden states (B, C), and a
+        cache with room for `length` more tokens of each of n candidates. With guidance, the B prompts with a
+        blank REF side go along as the second half of the batch: (2 B, C).
         """
         null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed_side(ref, OTHER[to], REF, null), self.embed_side(prefix, to, GEN)], dim=1)
         cache = KVCache(self.config.n_head, n, length)
-        h = self.transformer(x, [x.shape[1] - 1], cache)
-        return self.next_logits(h, to, guidance), cache
+        return self.transformer(x, [x.shape[1] - 1], cache), cache
 
-    def decode_step(self, x, pos, kv_len, to, guidance, cache):
+    def decode_step(self, x, pos, kv_len, guidance, cache):
         """
         Embeddings x (B, n, W, C): W tokens of each of n candidates, at pos (B, n, W), counted from behind the
-        prompt -> logits of the tokens that follow each (B, n, W, V). Of the candidates' own keys and values
-        the first kv_len are read; no pos lies beyond.
+        prompt -> hidden states (B, n, W, C), or with guidance (2 B, n, W, C). Of the candidates' own keys and
+        values the first kv_len are read; no pos lies beyond.
         """
         if guidance != 1:
             x, pos = x.repeat(2, 1, 1, 1), pos.repeat(2, 1, 1)
         cache.seek(pos, kv_len)
-        h = self.transformer(x.flatten(1, 2), cache=cache)
-        return self.next_logits(h.view_as(x), to, guidance)
+        return self.transformer(x.flatten(1, 2), cache=cache).view_as(x)
 
     def next_logits(self, h, to, guidance):
         """
-        h (B, ..., C), or with guidance (2 B, ..., C) -> (B, ..., V). Classifier-free guidance with two
+        h (B, ..., C), or with guidance (2 B, ..., C), of some tokens -> logits of those that follow them,
+        (B, ..., V). Classifier-free guidance with two
         changes. It is scaled by doubt, 1 - max p: in full, it would multiply the small odds that a thing
         begins here, token by token, and all samples would paint it at the same place. And it chooses only
         among tokens that are plausible without it, as contrastive decoding does.
@@ -425,13 +424,14 @@ class BiART(nn.Module):
             """One pass. In place and without a look at any value, so that a graph can replay it."""
             tokens, at = draft.read(W)
             x = self.token[to](tokens) + position[at]  # (B, n, W, C)
-            draft.accept(self.decode_step(x, at, kv_len, to, guidance, cache), tokens, at)
+            h = self.decode_step(x, at, kv_len, guidance, cache)
+            draft.accept(self.next_logits(h, to, guidance), tokens, at)
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
         with self.packed(to, draft.pos.numel() * window * (1 if guidance == 1 else 2)):
-            logits, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
-            draft.begin(logits)
+            h, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
+            draft.begin(self.next_logits(h, to, guidance))
             self.passes, farthest, W = 0, 0, window
             while self.passes < draft.last:
                 # where a look takes long, or changes little; ranks of one sharded model must look together
@@ -474,8 +474,8 @@ class BiART(nn.Module):
         pad_only[c.pad_token] = 0
         position = self.position_embedding("text", GEN)[prefix.shape[1]:]
         with self.packed("text", B * width * (1 if guidance == 1 else 2)):
-            logits, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
-            logits = logits[:, None].expand(B, width, -1)
+            h, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
+            logits = self.next_logits(h, "text", guidance)[:, None].expand(B, width, -1)
             for i in range(n_new):
                 next_log_p = torch.where(done[..., None], pad_only, logits.log_softmax(-1))
                 total = log_p[..., None] + next_log_p  # (B, width, V)
@@ -492,7 +492,8 @@ class BiART(nn.Module):
                 cache.reorder(parent, i)
                 pos = torch.full((B, width, 1), i, device=image.device)
                 x = self.token["text"](token[..., None]) + position[i]  # (B, width, 1, C)
-                logits = self.decode_step(x, pos, i + 1, "text", guidance, cache)[:, :, 0]
+                h = self.decode_step(x, pos, i + 1, guidance, cache)[:, :, 0]
+                logits = self.next_logits(h, "text", guidance)
 
     # -------------------------------------------------------------------------
     # Re-ranking: the same model judges what it generated, in both directions
@@ -500,27 +501,38 @@ class BiART(nn.Module):
     @torch.no_grad()
     def log_likelihood(self, text, image, to, chunk=2 ** 26):
         """
-        log p(GEN side | REF side), nats: (B,), and the number of tokens it is the sum over: (B,). Any B: rows
-        go through a few at a time, so that about `chunk` numbers are held at once, logits and activations of
-        one block together.
+        log p(GEN side | REF side), nats: (N,), and the number of tokens it is the sum over: (N,), of N GEN
+        sides. There are N REF sides, or fewer, each for the next n GEN sides, which share what is computed of
+        it, if it is an image. Any N: rows go through a few at a time, so that about `chunk` numbers are held
+        at once, activations of one block.
         """
-        c, T, ref_len = self.config, self.config.n_text + self.config.n_image, self.config.length(OTHER[to])
-        chunk_rows = max(1, chunk // (c.length(to) * c.vocab(to) + 8 * c.n_embd * T))
-        nll = []
-        with self.packed(to, len(text) * T):
-            for t, i in zip(text.split(chunk_rows), image.split(chunk_rows)):
-                h = self.transformer(self.embed(t, i, to), [ref_len - 1]).view(len(t), T - ref_len + 1, -1)
-                nll.append(self.cross_entropy(h[:, :-1], {"text": t, "image": i}[to], to)[1])
-        return -torch.cat(nll), self.loss_mask({"text": text, "image": image}[to], to).sum(1)
+        c, sides, nll = self.config, {"text": text, "image": image}, []
+        ref, n = sides[OTHER[to]], len(sides[to]) // len(sides[OTHER[to]])
+        if to == "image":  # few tokens to share, and without sharing attention is fused
+            ref, n = ref.repeat_interleave(n, 0), 1
+        gen, n_gen = sides[to].view(len(ref), n, -1), c.length(to)
+        rows = max(1, chunk // (8 * c.n_embd * (c.length(OTHER[to]) // n + n_gen)))
+        parts = [(r, g) for r, of_r in zip(ref.split(max(1, rows // n)), gen.split(max(1, rows // n)))
+                 for g in of_r.split(rows, 1)]
+        with self.packed(to, len(parts[0][0]) * n_gen):
+            for r, g in parts:  # (B, n_ref), (B, n, n_gen)
+                h, cache = self.prefill(r, to, r[:, :0], 1, g.shape[1], n_gen - 1)
+                x = self.embed_side(g[..., :-1].flatten(0, 1), to, GEN).unflatten(0, g.shape[:2])
+                pos = torch.arange(n_gen - 1, device=x.device).expand(x.shape[:3])
+                more = self.decode_step(x, pos, n_gen - 1, 1, cache)  # (B, n, n_gen - 1, C)
+                h = torch.cat([h[:, None, None].expand_as(more[:, :, :1]), more], 2).flatten(0, 1)
+                nll.append(self.cross_entropy(h, g.flatten(0, 1), to)[1])
+        return -torch.cat(nll), self.loss_mask(sides[to], to).sum(1)
 
     def score_candidates(self, ref, candidates, to):
         """
         What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
         log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
         """
-        B, n, _ = candidates.shape
-        sides = {OTHER[to]: ref.repeat_interleave(n, 0), to: candidates.flatten(0, 1)}
-        return tuple(self.log_likelihood(**sides, to=way)[0].view(B, n) for way in (to, OTHER[to]))
+        gen, whole = candidates.flatten(0, 1), ref.repeat_interleave(candidates.shape[1], 0)
+        forward, _ = self.log_likelihood(**{OTHER[to]: ref, to: gen}, to=to)
+        reverse, _ = self.log_likelihood(**{OTHER[to]: whole, to: gen}, to=OTHER[to])
+        return forward.view(candidates.shape[:2]), reverse.view(candidates.shape[:2])
 
 
 # -----------------------------------------------------------------------------
@@ -620,9 +632,9 @@ class KVCache:
 
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
-        self.kv_len, pos = self.first + kv_len, self.first + pos
-        self.pos = pos.repeat_interleave(self.n_head, 0).view(-1, pos.shape[2], 1)  # (B * nh * n, W, 1)
-        future = torch.arange(self.kv_len, device=pos.device) > self.pos  # (B * nh * n, W, kv_len)
+        self.kv_len, pos = self.first + kv_len, (self.first + pos)[..., None]
+        self.pos = pos.repeat_interleave(self.n_head, 0).flatten(0, 1)  # (B * nh * n, W, 1)
+        future = torch.arange(self.kv_len, device=pos.device) > (pos if self.n == 1 else self.pos)
         self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
 
     def attend(self, i, q, k, v):
@@ -640,7 +652,7 @@ class KVCache:
         own = self.own[i][:, :, :self.kv_len]
         if self.n == 1:
             k, v = own.unflatten(1, (B, nh))
-            return F.scaled_dot_product_attention(q, k, v, self.mask.unflatten(0, (B, nh)))
+            return F.scaled_dot_product_attention(q, k, v, self.mask)  # (B, 1, W, kv_len)
         # = the same over rows of the prompt's keys and then the candidate's own, side by side
         (prompt_k, prompt_v), (own_k, own_v), scale = self.prompt[i], own, hs ** -0.5
         q, own_q = q.reshape(B * nh, -1, hs), q.reshape(len(self.pos), -1, hs)  # (B * nh * n, W, hs)

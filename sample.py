@@ -44,7 +44,7 @@ from collections import Counter
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 import numpy as np
 import torch
@@ -659,13 +659,14 @@ def likelihood_scores(run, val):
         with run.context.autocast():
             log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
-        answers, ranks = sides[answer][:n], []  # how many answers explain a query better than its own does
-        for [i] in data.progress(range(len(answers)), 1, f"retrieval of {answer}"):
-            pairs = {query: sides[query][i].expand(len(answers), -1), answer: answers}
+        queries, table = sides[query][:n], []  # log p(query | answer), a row an answer
+        for [i] in data.progress(range(len(queries)), 1, f"retrieval of {answer}"):
             with run.context.autocast():
-                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
-            ranks.append((log_p > log_p[i]).sum().item())
-        scores.update({f"{direction}_recall{k}": fmean(rank < k for rank in ranks) for k in (1, 5)})
+                table.append(run.biart.log_likelihood(**{query: queries, answer: sides[answer][i:i + 1]},
+                                                      to=query)[0])
+        table = torch.stack(table)
+        ranks = (table > table.diag()).sum(0)  # how many answers explain a query better than its own does
+        scores.update({f"{direction}_recall{k}": (ranks < k).double().mean().item() for k in (1, 5)})
     return scores
 
 

@@ -2332,8 +2332,9 @@ def test_merged_forward_is_the_two_directions():
     assert parts["t2i"].item() == pytest.approx(by_hand["image"].item(), rel=1e-5)
     assert parts["i2t"].item() == pytest.approx(by_hand["text"].item(), rel=1e-5)
     assert loss.item() == pytest.approx(sum(by_hand.values()).item() / 2, rel=1e-5)
-    log_p, count = model.log_likelihood(text, image, "text")
-    assert (-log_p / count)[[1, 3]].mean().item() == pytest.approx(by_hand["text"].item(), rel=1e-5)
+    for to, pick in (("image", [0, 2]), ("text", [1, 3])):
+        log_p, count = model.log_likelihood(text, image, to)
+        assert (-log_p / count)[pick].mean().item() == pytest.approx(by_hand[to].item(), rel=1e-5)
     with pytest.raises(ValueError, match="odd"):
         model(text[:3], image[:3])
 
@@ -2712,6 +2713,8 @@ def test_likelihoods_in_parts_and_both_ways():
     assert torch.allclose(reverse.flatten(), model.log_likelihood(paired, image, "text")[0])
     forward, reverse = model.score_candidates(image[:2], text.view(2, 3, 6), "text")
     paired = image[:2].repeat_interleave(3, 0)
+    for chunk in (1, 4000, 2 ** 26):  # one image with one caption, one with all three, all at once
+        assert torch.allclose(forward.flatten(), model.log_likelihood(text, image[:2], "text", chunk)[0])
     assert torch.allclose(forward.flatten(), model.log_likelihood(text, paired, "text")[0])
     assert torch.allclose(reverse.flatten(), model.log_likelihood(text, paired, "image")[0])
 
