@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+is_compiling = getattr(torch.compiler, "is_compiling", lambda: False)  # came with torch 2.3
 REF, GEN = 0, 1
 OTHER = {"text": "image", "image": "text"}
 # With guidance, tokens less than so many times as likely as the likeliest are out. The odds that a thing
@@ -751,7 +752,7 @@ def gelu_linear(x, layer):
 
 def linear_after(f, x, layer, *params):
     """layer(f(x, *params))"""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and not is_compiling():  # torch.compile finds what to compute again by itself
         return LinearAfter.apply(f, x, layer.weight, layer.bias, *params)
     return linear(f(x, *params), layer.weight, layer.bias)  # without the overhead of apply
 

@@ -303,8 +303,8 @@ TEMPLATES = {}  # (size, shape) -> template(), filled at first use
 def read_scene(image):
     """
     The oracle: a PIL image, scaled to 40x40 -> its facts(), or None where it shows neither one thing nor two.
-    Colour is the nearest of the twelve in a thing's inside; size and shape are
-    the template that fits best; the relation is the longer way from one centre to the other.
+    Colour is the nearest of the twelve in a thing's inside; size and shape are the template that fits best;
+    the relation is the longer way from one centre to the other.
     """
     if not TEMPLATES:
         TEMPLATES.update({(size, shape): template(size, shape) for size in SIZES for shape in SHAPES})

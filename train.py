@@ -393,7 +393,10 @@ class Trainer:
                 self.scaler.load_state_dict(saved["scaler"])
             context.restore_random_state(saved["random"])
             context.print0(f"resuming at step {saved['progress']['step']}")
-        if config.compile:  # a compiled search for codes would not see that it asks for full float32
+        if config.compile:
+            if not hasattr(torch.compiler, "is_compiling"):
+                raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
+            # a compiled search for codes would not see that it asks for full float32
             Codebook.nearest = torch.compiler.disable(Codebook.nearest)
         self.wrapped = torch.compile(objective) if config.compile else objective
         if context.world > 1 and not sharded:
