@@ -186,9 +186,6 @@ class Scenes(Dataset):
     def __init__(self, split, n):
         self.split, self.n = split, n
 
-    def __len__(self):
-        return self.n
-
     def scene(self, i):
         """-> (things, relation or None, centres, captions); one scene in four has a single thing."""
         rng = random.Random(f"scene {self.split} {i}")
