@@ -2284,6 +2284,27 @@ def test_the_last_block_leaves_out_what_predicts_nothing():
     assert torch.allclose(model.transformer(x, [5, 8]), expected, atol=1e-6)
 
 
+@pytest.mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="came with torch 2.3")
+def test_compiled_it_learns_the_same_and_keeps_no_function_of_its_own(monkeypatch):
+    seen, batch = [], captions_and_codes()
+    for compiled in (False, True):
+        model = biart(code_hidden=8, dropout=0.0)
+        if compiled:
+            monkeypatch.setattr(biart_module.LinearAfter, "apply", None)
+        loss, _ = (torch.compile(model, backend="eager") if compiled else model)(*batch)
+        loss.backward()
+        seen.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
+    assert len(seen[0]) == len(seen[1]) > 20
+    for a, b in zip(*seen):
+        assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_old_torch_does_not_compile(tmp_path, monkeypatch):
+    monkeypatch.delattr(torch.compiler, "is_compiling", raising=False)
+    with pytest.raises(ValueError, match="--compile needs torch 2.3 or newer, this is"):
+        train.main([*MINIATURE, "--stage=augvae_ml", "--compile", "--out_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize("positions", ["modality", "sequence"])
 @pytest.mark.parametrize("to", ["image", "text"])
 def test_no_token_sees_the_future(to, positions):

@@ -396,8 +396,9 @@ class Trainer:
         if config.compile:
             if not hasattr(torch.compiler, "is_compiling"):
                 raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
-            # a compiled search for codes would not see that it asks for full float32
-            Codebook.nearest = torch.compiler.disable(Codebook.nearest)
+            # compiled, the search for codes would not see that it asks for full float32
+            for name in ("nearest", "collect"):
+                setattr(Codebook, name, torch.compiler.disable(getattr(Codebook, name)))
         self.wrapped = torch.compile(objective) if config.compile else objective
         if context.world > 1 and not sharded:
             self.wrapped = DDP(self.wrapped, broadcast_buffers=False)
