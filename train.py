@@ -393,10 +393,7 @@ class Trainer:
                 self.scaler.load_state_dict(saved["scaler"])
             context.restore_random_state(saved["random"])
             context.print0(f"resuming at step {saved['progress']['step']}")
-        if config.compile:
-            if not hasattr(torch.compiler, "is_compiling"):
-                raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
-            # compiled, the search for codes would not see that it asks for full float32
+        if config.compile:  # the search for codes would not see that it asks for full float32
             for name in ("nearest", "collect"):
                 setattr(Codebook, name, torch.compiler.disable(getattr(Codebook, name)))
         self.wrapped = torch.compile(objective) if config.compile else objective
@@ -1400,6 +1397,8 @@ def main(argv):
     if "biart" in stages and data_config.data in data.UNCAPTIONED:
         raise ValueError(f"--data {data_config.data} has no captions, which --stage biart needs: "
                          "train --stage augvae_ml, then augvae_sl")
+    if config.compile and not hasattr(torch.compiler, "is_compiling"):
+        raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
     if config.epochs and "max_iters" in given:
         raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters} contradict: give one")
     for path in (os.path.join(config.out_dir, f"{name}.pt") for name in stages):
