@@ -188,22 +188,24 @@ class Run:
         share = self.config.rerank_forward
         return share * forward + (1 - share) * reverse
 
-    def paint_all(self, prompts, n=1, images=None, on_step=None):
+    def paint_all(self, prompts, n=1, images=None, on_step=None, choose=None):
         """
-        Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt".
-        images: PIL images, one a caption, whose first --keep_rows rows of tokens are kept.
+        Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt"; or
+        those that `choose` takes of the list of all. images: PIL images, one a caption, whose first
+        --keep_rows rows of tokens are kept.
         """
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
             for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix, on_step)):
-                pixels = self.decode(torch.stack([record["tokens"] for record in group[:n]]))
+                chosen = choose(group) if choose else group[:n]
+                pixels = self.decode(torch.stack([record["tokens"] for record in chosen]))
                 yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
-                       for x, record in zip(pixels, group)]
+                       for x, record in zip(pixels, chosen)]
 
-    def caption_all(self, images, n=1, on_step=None):
-        """PIL images -> yields for each n records with "picture", as encoded, and "caption"."""
+    def caption_all(self, images, n=1, on_step=None, choose=None):
+        """PIL images -> yields for each, as paint_all(), records with "picture", as read, and "caption"."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
             raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
@@ -213,7 +215,7 @@ class Run:
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix, on_step)):
                 yield [{"picture": data.to_image(x),
                         "caption": self.tokenizer.decode(record["tokens"].tolist()).strip(), **record}
-                       for record in group[:n]]
+                       for record in (choose(group) if choose else group[:n])]
 
     def input_batches(self, count, n, task):
         """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
@@ -679,16 +681,17 @@ def generation_scores(run, dataset, inception=None):
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
     images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
-    pick = {"": lambda group: min(group, key=lambda record: record["seed"] or 0)}
-    if run.config.rerank > 1:
-        pick["_rerank"] = lambda group: group[0]
-    prompts = data.one_caption_each(references)
-    painted = [[choose(group)["picture"] for choose in pick.values()]
-               for group in run.paint_all(prompts, run.config.rerank)]
-    captioned = [[choose(group)["caption"] for choose in pick.values()]
-                 for group in run.caption_all(images, run.config.rerank)]
-    scores = {}
-    for suffix, pictures, captions in zip(pick, zip(*painted), zip(*captioned)):
+    prompts, n, scores = data.one_caption_each(references), run.config.rerank, {}
+
+    def first_and_best(group):
+        first = min(group, key=lambda record: record["seed"] or 0)
+        return [first, group[0]] if n > 1 else [first]
+
+    painted = run.paint_all(prompts, n, choose=first_and_best)
+    captioned = run.caption_all(images, n, choose=first_and_best)
+    for suffix, painted_records, caption_records in zip(("", "_rerank"), zip(*painted), zip(*captioned)):
+        pictures = [record["picture"] for record in painted_records]
+        captions = [record["caption"] for record in caption_records]
         found = caption_scores(captions, references)
         rates = data.exact_rates(prompts, pictures, references, captions)
         found.update({f"{way}_exact": rate for way, rate in rates.items()})
