@@ -375,11 +375,11 @@ class BiART(nn.Module):
 
     def next_logits(self, h, to, guidance):
         """
-        h (B, ..., C), or with guidance (2 B, ..., C), of some tokens -> logits of those that follow them,
-        (B, ..., V). Classifier-free guidance with two
-        changes. It is scaled by doubt, 1 - max p: in full, it would multiply the small odds that a thing
-        begins here, token by token, and all samples would paint it at the same place. And it chooses only
-        among tokens that are plausible without it, as contrastive decoding does.
+        Hidden states (B, ..., C), or with guidance (2 B, ..., C) -> logits of what follows (B, ..., V).
+        Classifier-free guidance with two changes. It is scaled by doubt, 1 - max p: in full, it would
+        multiply the small odds that a thing begins here, token by token, and all samples would paint it at
+        the same place. And it chooses only among tokens that are plausible without it, as contrastive
+        decoding does.
         """
         logits = self.logits(h, to).float()
         if guidance != 1:
@@ -655,10 +655,10 @@ class KVCache:
             k, v = own.unflatten(1, (B, nh))
             return F.scaled_dot_product_attention(q, k, v, self.mask)  # (B, 1, W, kv_len)
         # = the same over rows of the prompt's keys and then the candidate's own, side by side
-        (prompt_k, prompt_v), (own_k, own_v), scale = self.prompt[i], own, hs ** -0.5
+        (prompt_k, prompt_v), (own_k, own_v), q = self.prompt[i], own, q * hs ** -0.5
         q, own_q = q.reshape(B * nh, -1, hs), q.reshape(len(self.pos), -1, hs)  # (B * nh * n, W, hs)
-        prompt_scores = torch.bmm(q * scale, prompt_k.mT)  # (B * nh, n * W, T)
-        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT, alpha=scale)  # (B * nh * n, W, kv_len)
+        prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T)
+        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT)  # (B * nh * n, W, kv_len)
         scores = torch.cat([prompt_scores.view(*own_q.shape[:2], -1), own_scores], dim=2)
         prompt_p, own_p = scores.softmax(-1).split([prompt_k.shape[1], self.kv_len], dim=2)
         y = torch.bmm(prompt_p.reshape_as(prompt_scores), prompt_v)  # (B * nh, n * W, hs)
