@@ -621,20 +621,20 @@ class KVCache:
     """
     def __init__(self, n_head, n, length):
         self.n_head, self.n, self.length = n_head, n, length
-        self.prompt, self.own = [], []  # of each block: (2, B * nh, T, hs), and (2, B * nh * n, length, hs)
+        self.prompt, self.own = [], []  # of each block: (2, B * nh, T, hs), and (2, B, nh * n, length, hs)
 
     def begin(self, k, v):
         """The next block's k and v (B, nh, T, hs) of the prompts."""
-        kv = torch.stack([k, v]).flatten(1, 2)  # (2, B * nh, T, hs)
-        self.first = kv.shape[2] if self.n == 1 else 0  # where own tokens begin in their row
-        self.prompt.append(kv if self.n > 1 else None)
+        kv = torch.stack([k, v])
+        self.first = k.shape[2] if self.n == 1 else 0  # where own tokens begin in their row
+        self.prompt.append(kv.flatten(1, 2) if self.n > 1 else None)
         self.own.append(F.pad(kv, (0, 0, 0, self.length)) if self.n == 1 else
-                        kv.new_zeros(2, kv.shape[1] * self.n, self.length, kv.shape[3]))
+                        kv.new_zeros(2, len(k), k.shape[1] * self.n, self.length, k.shape[3]))
 
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
         self.kv_len, pos = self.first + kv_len, (self.first + pos)[..., None]
-        self.pos = pos.repeat_interleave(self.n_head, 0).flatten(0, 1)  # (B * nh * n, W, 1)
+        self.pos = pos.repeat(1, self.n_head, 1, 1)  # (B, nh * n, W, 1)
         future = torch.arange(self.kv_len, device=pos.device) > (pos if self.n == 1 else self.pos)
         self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
 
@@ -647,27 +647,26 @@ class KVCache:
         if i == len(self.own):
             self.begin(k, v)
             return causal_attention(q, k, v)
-        B, nh, _, hs = q.shape
-        kv = torch.stack([k, v]).view(2, len(self.pos), -1, hs)  # (2, B * nh * n, W, hs)
-        self.own[i].scatter_(2, self.pos.expand_as(kv), kv)
-        own = self.own[i][:, :, :self.kv_len]
+        kv = torch.stack([k, v]).view(2, *self.pos.shape[:3], -1)  # (2, B, nh * n, W, hs)
+        self.own[i].scatter_(3, self.pos.expand_as(kv), kv)
+        own_k, own_v = self.own[i][:, :, :, :self.kv_len]
         if self.n == 1:
-            k, v = own.unflatten(1, (B, nh))
-            return F.scaled_dot_product_attention(q, k, v, self.mask)  # (B, 1, W, kv_len)
+            return F.scaled_dot_product_attention(q, own_k, own_v, self.mask)  # (B, 1, W, kv_len)
         # = the same over rows of the prompt's keys and then the candidate's own, side by side
-        (prompt_k, prompt_v), (own_k, own_v), q = self.prompt[i], own, q * hs ** -0.5
-        q, own_q = q.reshape(B * nh, -1, hs), q.reshape(len(self.pos), -1, hs)  # (B * nh * n, W, hs)
+        (prompt_k, prompt_v), own_k, own_v = self.prompt[i], own_k.flatten(0, 1), own_v.flatten(0, 1)
+        q = (q * q.shape[-1] ** -0.5).flatten(0, 1)  # (B * nh, n * W, hs)
+        own_q = q.reshape(len(own_k), -1, q.shape[-1])  # (B * nh * n, W, hs)
         prompt_scores = torch.bmm(q, prompt_k.mT)  # (B * nh, n * W, T)
-        own_scores = torch.baddbmm(self.mask, own_q, own_k.mT)  # (B * nh * n, W, kv_len)
+        own_scores = torch.baddbmm(self.mask.flatten(0, 1), own_q, own_k.mT)  # (B * nh * n, W, kv_len)
         scores = torch.cat([prompt_scores.view(*own_q.shape[:2], -1), own_scores], dim=2)
         prompt_p, own_p = scores.softmax(-1).split([prompt_k.shape[1], self.kv_len], dim=2)
         y = torch.bmm(prompt_p.reshape_as(prompt_scores), prompt_v)  # (B * nh, n * W, hs)
-        return torch.baddbmm(y.view_as(own_q), own_p, own_v).view(B, nh, -1, hs)
+        return torch.baddbmm(y.view_as(own_q), own_p, own_v).view(k.shape)
 
     def reorder(self, parent, kv_len):
         """Candidate j takes over the first kv_len tokens of candidate parent[:, j] of its prompt."""
         for own in self.own:  # with guidance, of twice as many prompts
-            own = own[..., :self.first + kv_len, :].unflatten(1, (-1, self.n_head, self.n))
+            own = own[..., :self.first + kv_len, :].unflatten(2, (self.n_head, self.n))
             index = parent.repeat(own.shape[1] // len(parent), 1)[None, :, None, :, None, None]
             own.copy_(own.gather(3, index.expand_as(own)))  # (2, B, nh, n, kv_len, hs)
 
@@ -747,7 +746,14 @@ def norm_linear(x, ln, layer):
 
 def gelu_linear(x, layer):
     """layer(F.gelu(x)) for a linear layer; the backward pass keeps x alone."""
-    return linear_after(F.gelu, x, layer)
+    return linear_after(gelu, x, layer)
+
+
+def gelu(x):
+    """F.gelu. One contiguous row on a CPU would go to oneDNN, which begins longer than it computes."""
+    if x.is_cpu and x.numel() == x.shape[-1] and x.shape[-1] % 2 == 0:
+        return F.gelu(x.view(-1, 2).mT).mT.reshape(x.shape)
+    return F.gelu(x)
 
 
 def linear_after(f, x, layer, *params):

@@ -2223,6 +2223,15 @@ def test_one_row_has_the_same_product_and_gradients(dtype, biased):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 8), (1, 7), (2, 1, 8)])
+def test_gelu_of_one_row_has_the_same_values_and_gradients(shape):
+    x = torch.randn(shape, requires_grad=True)
+    ours, plain = (f(x) for f in (biart_module.gelu, F.gelu))
+    assert ours.shape == plain.shape and torch.allclose(ours, plain, atol=1e-6)
+    grads = (torch.autograd.grad(y.square().sum(), x)[0] for y in (ours, plain))
+    assert torch.allclose(*grads, atol=1e-5)
+
+
 @torch.no_grad()
 def test_other_types_than_float32_are_not_packed():
     double, weight = torch.randn(4, 4).double(), torch.randn(4, 4)
@@ -2545,7 +2554,7 @@ def test_candidates_share_the_keys_and_values_of_their_prompt(guidance):
     _, cache = model.prefill(text, "image", text[:, :0], guidance, n=8, length=9)
     batch = 2 if guidance == 1 else 4
     assert [kv.shape for kv in cache.prompt] == [(2, batch * 2, 6, 8)] * 2  # 2 heads; not 8 times as many
-    assert [kv.shape for kv in cache.own] == [(2, batch * 2 * 8, 9, 8)] * 2
+    assert [kv.shape for kv in cache.own] == [(2, batch, 2 * 8, 9, 8)] * 2
 
 
 @pytest.mark.slow

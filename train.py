@@ -147,7 +147,7 @@ PRESETS = {
              "dropout": 0.1, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {**SHORT_AUGVAE, "max_iters": 200},
         "augvae_sl": {**SHORT_AUGVAE, "max_iters": 1200},
-        "biart": {**SHORT_BIART, "max_iters": 2400, "eval_interval": 200}},
+        "biart": {**SHORT_BIART, "max_iters": 2400, "eval_interval": 200, "t2i_weight": 3.0}},
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "loss": "lpips_l2"},
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
