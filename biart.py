@@ -623,17 +623,17 @@ class KVCache:
         self.n_head, self.n, self.length = n_head, n, length
         self.prompt, self.own = [], []  # of each block: (2, B * nh, T, hs), and (2, B, nh * n, length, hs)
 
-    def begin(self, k, v):
+    def add_prompt(self, k, v):
         """The next block's k and v (B, nh, T, hs) of the prompts."""
         kv = torch.stack([k, v])
-        self.first = k.shape[2] if self.n == 1 else 0  # where own tokens begin in their row
+        self.own_start = k.shape[2] if self.n == 1 else 0  # where own tokens begin in their row
         self.prompt.append(kv.flatten(1, 2) if self.n > 1 else None)
         self.own.append(F.pad(kv, (0, 0, 0, self.length)) if self.n == 1 else
                         kv.new_zeros(2, len(k), k.shape[1] * self.n, self.length, k.shape[3]))
 
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
-        self.kv_len, pos = self.first + kv_len, (self.first + pos)[..., None]
+        self.kv_len, pos = self.own_start + kv_len, (self.own_start + pos)[..., None]
         self.pos = pos.repeat(1, self.n_head, 1, 1)  # (B, nh * n, W, 1)
         future = torch.arange(self.kv_len, device=pos.device) > (pos if self.n == 1 else self.pos)
         self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
@@ -645,13 +645,13 @@ class KVCache:
         the prompt, to their candidate's tokens before them, and to themselves. -> the shape of q.
         """
         if i == len(self.own):
-            self.begin(k, v)
+            self.add_prompt(k, v)
             return causal_attention(q, k, v)
         kv = torch.stack([k, v]).view(2, *self.pos.shape[:3], -1)  # (2, B, nh * n, W, hs)
         self.own[i].scatter_(3, self.pos.expand_as(kv), kv)
         own_k, own_v = self.own[i][:, :, :, :self.kv_len]
-        if self.n == 1:
-            return F.scaled_dot_product_attention(q, own_k, own_v, self.mask)  # (B, 1, W, kv_len)
+        if self.n == 1:  # the mask is (B, 1, W, kv_len), for all heads
+            return F.scaled_dot_product_attention(q, own_k, own_v, self.mask)
         # = the same over rows of the prompt's keys and then the candidate's own, side by side
         (prompt_k, prompt_v), own_k, own_v = self.prompt[i], own_k.flatten(0, 1), own_v.flatten(0, 1)
         q = (q * q.shape[-1] ** -0.5).flatten(0, 1)  # (B * nh, n * W, hs)
@@ -666,7 +666,7 @@ class KVCache:
     def reorder(self, parent, kv_len):
         """Candidate j takes over the first kv_len tokens of candidate parent[:, j] of its prompt."""
         for own in self.own:  # with guidance, of twice as many prompts
-            own = own[..., :self.first + kv_len, :].unflatten(2, (self.n_head, self.n))
+            own = own[..., :self.own_start + kv_len, :].unflatten(2, (self.n_head, self.n))
             index = parent.repeat(own.shape[1] // len(parent), 1)[None, :, None, :, None, None]
             own.copy_(own.gather(3, index.expand_as(own)))  # (2, B, nh, n, kv_len, hs)
 
@@ -750,7 +750,10 @@ def gelu_linear(x, layer):
 
 
 def gelu(x):
-    """F.gelu. One contiguous row on a CPU would go to oneDNN, which begins longer than it computes."""
+    """
+    F.gelu. Contiguous numbers on a CPU go to oneDNN, which for a single row takes longer to set up than to
+    compute; as a transposed view, which is not contiguous, the row goes to PyTorch's own.
+    """
     if x.is_cpu and x.numel() == x.shape[-1] and x.shape[-1] % 2 == 0:
         return F.gelu(x.view(-1, 2).mT).mT.reshape(x.shape)
     return F.gelu(x)

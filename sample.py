@@ -205,7 +205,7 @@ class Run:
                        for x, record in zip(pixels, chosen)]
 
     def caption_all(self, images, n=1, on_step=None, choose=None):
-        """PIL images -> yields for each, as paint_all(), records with "picture", as read, and "caption"."""
+        """PIL images -> yields for each, as paint_all(), records with "caption" and "picture", as encoded."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
             raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")

@@ -393,7 +393,7 @@ class Trainer:
                 self.scaler.load_state_dict(saved["scaler"])
             context.restore_random_state(saved["random"])
             context.print0(f"resuming at step {saved['progress']['step']}")
-        if config.compile:  # the search for codes would not see that it asks for full float32
+        if config.compile:  # or nearest() would not see that it asks for full float32; collect() reads values
             for name in ("nearest", "collect"):
                 setattr(Codebook, name, torch.compiler.disable(getattr(Codebook, name)))
         self.wrapped = torch.compile(objective) if config.compile else objective
