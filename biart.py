@@ -375,22 +375,24 @@ class BiART(nn.Module):
 
     def next_logits(self, h, to, guidance):
         """
-        Hidden states (B, ..., C), or with guidance (2 B, ..., C) -> logits of what follows (B, ..., V).
+        Hidden states (B, ..., C), or with guidance (2 B, ..., C) -> logits by which to choose what follows,
+        and the log p that it has without guidance, (B, ..., V) each.
         Classifier-free guidance with two changes. It is scaled by doubt, 1 - max p: in full, it would
         multiply the small odds that a thing begins here, token by token, and all samples would paint it at
         the same place. And it chooses only among tokens that are plausible without it, as contrastive
         decoding does.
         """
         logits = self.logits(h, to).float()
+        logits, blank = (logits, None) if guidance == 1 else logits.chunk(2)
+        log_p = logits.log_softmax(-1)
         if guidance != 1:
-            logits, blank = logits.chunk(2)
-            p = logits.softmax(-1)
+            p = log_p.exp()
             p_max = p.amax(-1, keepdim=True)
             logits = logits + (guidance - 1) * (1 - p_max) * (logits - blank)
             logits = logits.masked_fill(p < PLAUSIBLE * p_max, -torch.inf)
         if to == "text":
             logits[..., self.config.pad_token] = -torch.inf
-        return logits
+        return logits, log_p
 
     @torch.no_grad()
     def generate(self, ref, to, n=1, prefix=None, temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
@@ -411,7 +413,8 @@ class BiART(nn.Module):
         on_step: called before each pass with the tokens so far, as below, and how many of each sample are
             known (B * n,); the others are guesses. What it raises ends the work.
 
-        -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token.
+        -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token; and the
+        log p of what follows the prefix, without guidance and at temperature 1, nats: (B * n,).
         self.passes says how many passes it took, that through the prompt aside.
         """
         prefix = ref[:, :0] if prefix is None else prefix
@@ -426,13 +429,13 @@ class BiART(nn.Module):
             tokens, at = draft.read(W)
             x = self.token[to](tokens) + position[at]  # (B, n, W, C)
             h = self.decode_step(x, at, kv_len, guidance, cache)
-            draft.accept(self.next_logits(h, to, guidance), tokens, at)
+            draft.accept(*self.next_logits(h, to, guidance), tokens, at)
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
         with self.packed(to, draft.pos.numel() * window * (1 if guidance == 1 else 2)):
             h, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
-            draft.begin(self.next_logits(h, to, guidance))
+            draft.begin(*self.next_logits(h, to, guidance))
             self.passes, farthest, W = 0, 0, window
             while self.passes < draft.last:
                 # where a look takes long, or changes little; ranks of one sharded model must look together
@@ -448,11 +451,7 @@ class BiART(nn.Module):
                 step(min(kv_len, len(position)), W)
                 farthest += W
                 self.passes += 1
-        tokens = draft.so_far()
-        if to == "text":
-            ended = (tokens == self.config.end_token).long()
-            tokens = tokens.masked_fill(ended.cumsum(1) > ended, self.config.pad_token)
-        return tokens
+        return draft.result()
 
     @torch.no_grad()
     def beam_search(self, image, width, prefix=None, length_penalty=1.0, guidance=1.0):
@@ -476,7 +475,7 @@ class BiART(nn.Module):
         position = self.position_embedding("text", GEN)[prefix.shape[1]:]
         with self.packed("text", B * width * (1 if guidance == 1 else 2)):
             h, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
-            logits = self.next_logits(h, "text", guidance)[:, None].expand(B, width, -1)
+            logits = self.next_logits(h, "text", guidance)[0][:, None].expand(B, width, -1)
             for i in range(n_new):
                 next_log_p = torch.where(done[..., None], pad_only, logits.log_softmax(-1))
                 total = log_p[..., None] + next_log_p  # (B, width, V)
@@ -494,24 +493,26 @@ class BiART(nn.Module):
                 pos = torch.full((B, width, 1), i, device=image.device)
                 x = self.token["text"](token[..., None]) + position[i]  # (B, width, 1, C)
                 h = self.decode_step(x, pos, i + 1, guidance, cache)[:, :, 0]
-                logits = self.next_logits(h, "text", guidance)
+                logits, _ = self.next_logits(h, "text", guidance)
 
     # -------------------------------------------------------------------------
-    # Re-ranking: the same model judges what it generated, in both directions
+    # Scores: the same model judges what it generated, in both directions
 
     @torch.no_grad()
-    def log_likelihood(self, text, image, to, chunk=2 ** 26):
+    def log_likelihood(self, text, image, to, start=0, chunk=2 ** 26):
         """
         log p(GEN side | REF side), nats: (N,), and the number of tokens it is the sum over: (N,), of N GEN
-        sides. There are N REF sides, or fewer, each for the next n GEN sides, which share what is computed of
-        it, if it is an image. Any N: rows go through a few at a time, so that about `chunk` numbers are held
-        at once, activations of one block.
+        sides, where those before `start` are given. There are N REF sides, or fewer, each for the next n GEN
+        sides, which share what is computed of it, if it is an image. Any N: rows go through a few at a time,
+        so that about `chunk` numbers are held at once, activations of one block.
         """
         c, sides, nll = self.config, {"text": text, "image": image}, []
         ref, n = sides[OTHER[to]], len(sides[to]) // len(sides[OTHER[to]])
         if to == "image":  # few tokens to share, and without sharing attention is fused
             ref, n = ref.repeat_interleave(n, 0), 1
-        gen, n_gen = sides[to].view(len(ref), n, -1), c.length(to)
+        mask = self.loss_mask(sides[to], to)
+        n_gen = max(2, int(mask.sum(1).max()))  # behind the longest text there is only padding
+        gen = sides[to][:, :n_gen].unflatten(0, (len(ref), n))
         rows = max(1, chunk // (8 * c.n_embd * (c.length(OTHER[to]) // n + n_gen)))
         parts = [(r, g) for r, of_r in zip(ref.split(max(1, rows // n)), gen.split(max(1, rows // n)))
                  for g in of_r.split(rows, 1)]
@@ -522,18 +523,8 @@ class BiART(nn.Module):
                 pos = torch.arange(n_gen - 1, device=x.device).expand(x.shape[:3])
                 more = self.decode_step(x, pos, n_gen - 1, 1, cache)  # (B, n, n_gen - 1, C)
                 h = torch.cat([h[:, None, None].expand_as(more[:, :, :1]), more], 2).flatten(0, 1)
-                nll.append(self.cross_entropy(h, g.flatten(0, 1), to)[1])
-        return -torch.cat(nll), self.loss_mask(sides[to], to).sum(1)
-
-    def score_candidates(self, ref, candidates, to):
-        """
-        What both directions say of candidates (B, n, n_gen) for ref (B, n_ref), nats, (B, n) each: forward
-        log p(candidate | ref) and reverse log p(ref | candidate). The latter re-ranks without a second model.
-        """
-        gen, whole = candidates.flatten(0, 1), ref.repeat_interleave(candidates.shape[1], 0)
-        forward, _ = self.log_likelihood(**{OTHER[to]: ref, to: gen}, to=to)
-        reverse, _ = self.log_likelihood(**{OTHER[to]: whole, to: gen}, to=OTHER[to])
-        return forward.view(candidates.shape[:2]), reverse.view(candidates.shape[:2])
+                nll.append(self.cross_entropy(h[:, start:], g.flatten(0, 1)[:, start:], to)[1])
+        return -torch.cat(nll), mask[:, start:].sum(1)
 
 
 # -----------------------------------------------------------------------------
@@ -563,13 +554,15 @@ class Draft:
         # what follows the prefix, and behind it room for a window that begins at the last token
         self.uniform = F.pad(uniform.view(B, n, total)[..., m:], (0, 2 * window)).to(device)
         self.tokens = torch.zeros_like(self.uniform, dtype=torch.long)  # (B, n, total - m + 2 window)
+        self.log_p = torch.zeros_like(self.uniform)  # of the tokens, each given those before it
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
         self.hits = torch.ones((), device=device)  # share of first guesses that were right, lately
 
-    def begin(self, logits):
-        """The prompt's logits (B, V) give the first token, and the first guesses."""
+    def begin(self, logits, log_p):
+        """What follows the prompts, logits and log p (B, V), gives the first token, and the first guesses."""
         self.tokens[:] = self.pick(logits[:, None, None].expand(*self.pos.shape, -1), self.pos)
+        self.log_p[:] = log_p.gather(1, self.tokens[..., 0])[..., None]
 
     def pick(self, logits, at):
         """logits (B, n, W, V) of the tokens at (B, n, W) -> these tokens (B, n, W)."""
@@ -580,14 +573,15 @@ class Draft:
         at = self.pos + torch.arange(W, device=self.pos.device)
         return self.tokens.gather(2, at), at
 
-    def accept(self, logits, tokens, at):
-        """From read(), and logits (B, n, W, V) behind it: new tokens, known as far as guesses are right."""
+    def accept(self, logits, log_p, tokens, at):
+        """From read(), and what follows it, (B, n, W, V): new tokens, known as far as guesses are right."""
         W, found, more = at.shape[2], self.pick(logits, at + 1), 1
         if W > 1:
             right = (found[..., :-1] == tokens[..., 1:]).cumprod(2)  # 1 as long as all guesses were
             more = right.sum(2, keepdim=True) + 1
             self.tokens.scatter_(2, at + 1 + W, found[..., -1:].expand_as(at))  # guesses: the same again
         self.tokens.scatter_(2, at + 1, found)
+        self.log_p.scatter_(2, at + 1, log_p.gather(3, found[..., None])[..., 0])
         self.pos.add_(more).clamp_(max=self.last)
         first_guess = tokens[..., :2][..., -1]  # without any: the same again
         self.hits.lerp_((found[..., 0] == first_guess).float().mean(), 1 - 0.85 ** self.pos.numel())
@@ -611,6 +605,16 @@ class Draft:
     def known(self):
         """How many of each sample's tokens are known: (B * n,)."""
         return self.prefix.shape[1] + 1 + self.pos.flatten()
+
+    def result(self):
+        """-> what generate() returns."""
+        tokens, log_p = self.so_far(), self.log_p[..., :self.total].flatten(0, 1)
+        if self.to == "text":
+            ended = (tokens == self.config.end_token).long()
+            behind = ended.cumsum(1) > ended
+            tokens = tokens.masked_fill(behind, self.config.pad_token)
+            log_p = log_p.masked_fill(behind[:, self.prefix.shape[1]:], 0)
+        return tokens, log_p.sum(1)
 
 
 class KVCache:

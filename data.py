@@ -318,10 +318,10 @@ def read_scene(image):
         cover = np.clip(distance / np.linalg.norm(colour - np.float32(BACKGROUND)), 0, 1) * mask
         ys, xs = np.nonzero(mask)
         x, y = (xs.min() + xs.max()) // 2, (ys.min() + ys.max()) // 2
-        field = np.pad(cover, 12)
-        errors = {key: min(np.square(field[y + dy + 3:y + dy + 22, x + dx + 3:x + dx + 22] - t).sum()
-                           for dy in (-1, 0, 1, 2) for dx in (-1, 0, 1)) for key, t in TEMPLATES.items()}
-        size, shape = min(errors, key=errors.get)
+        around = np.pad(cover, 12)[y + 2:y + 24, x + 2:x + 23]  # a field that can shift by one, down by two
+        fields = np.lib.stride_tricks.sliding_window_view(around, (19, 19))[:, :, None]  # (4, 3, 1, 19, 19)
+        errors = np.square(fields - list(TEMPLATES.values())).sum((3, 4))  # (4, 3, templates)
+        size, shape = list(TEMPLATES)[errors.min((0, 1)).argmin()]
         found.append(((size, list(COLOURS)[nearest], shape), (x, y)))
     if len(found) == 1:
         return facts([found[0][0]], None)

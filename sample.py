@@ -54,7 +54,7 @@ from torch import nn
 
 import augvae
 import data
-from biart import BiART, BiARTConfig
+from biart import OTHER, BiART, BiARTConfig
 from tokenizer import Tokenizer
 from train import (GUIDANCE, STAGES, Context, Parser, TrainConfig, build_model, configure, fingerprint,
                    load_augvae, load_checkpoint, save_checkpoint)
@@ -157,24 +157,27 @@ class Run:
         generate() calls it.
         -> for each input a list of n records in the order drawn; with --rerank all of them, best first:
         {"tokens": (n_gen,), "seed": what gives them again (None for beams), "scores": {"forward":
-        log p(candidate | input), "reverse": log p(input | candidate)}, nats}.
+        log p(candidate | input, prefix), "reverse": log p(input | candidate)}, nats}.
         """
         c, n = self.config, max(n, self.config.rerank)
+        prefix = ref[:, :0] if prefix is None else prefix
         # float32 holds no less: what is below comes to the same
         temperature, top_p = c.temperature if c.temperature > 1e-6 else 0, max(c.top_p, 1e-6)
         with self.context.autocast():
             if to == "text" and c.beam:
-                tokens, _ = self.biart.beam_search(ref, c.beam, prefix, c.length_penalty, c.guidance)
-                seeds = [[None] * c.beam for _ in ref]
+                n, seeds = c.beam, [[None] * c.beam for _ in ref]
+                tokens, _ = self.biart.beam_search(ref, n, prefix, c.length_penalty, c.guidance)
+                tokens = tokens.flatten(0, 1)
+                forward, _ = self.biart.log_likelihood(tokens, ref, to, prefix.shape[1])
             else:
                 seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices or range(len(ref))]
-                tokens = self.biart.generate(ref, to, n, prefix, temperature, c.top_k, top_p, c.guidance,
-                                             seeds=[seed for row in seeds for seed in row],
-                                             window=c.window, on_step=on_step)
-            tokens = tokens.view(len(ref), -1, tokens.shape[-1])  # (B, n, n_gen)
-            forward, reverse = self.biart.score_candidates(ref, tokens, to)  # (B, n) each
-        groups = []
-        for of_input in zip(tokens, seeds, forward.tolist(), reverse.tolist()):
+                tokens, forward = self.biart.generate(
+                    ref, to, n, prefix, temperature, c.top_k, top_p, c.guidance,
+                    seeds=[seed for row in seeds for seed in row], window=c.window, on_step=on_step)
+            whole = {OTHER[to]: ref.repeat_interleave(n, 0), to: tokens}
+            reverse, _ = self.biart.log_likelihood(**whole, to=OTHER[to])
+        groups, (forward, reverse) = [], (x.view(len(ref), n).tolist() for x in (forward, reverse))
+        for of_input in zip(tokens.view(len(ref), n, -1), seeds, forward, reverse):
             group = list(zip(*of_input))
             if c.rerank > 1 and group[0][1] is not None:  # beams are in order
                 group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
@@ -235,10 +238,10 @@ class Run:
 
     def score(self, caption, image):
         """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
-        text, codes = self.tokenize([caption]), self.encode([image])[0]
+        text, (codes, _) = self.tokenize([caption]), self.encode([image])
         with self.context.autocast():
-            t2i, i2t = self.biart.score_candidates(text, codes[None], "image")
-        return {"t2i": t2i.item(), "i2t": i2t.item()}
+            return {direction: self.biart.log_likelihood(text, codes, to)[0].item()
+                    for direction, to in (("t2i", "image"), ("i2t", "text"))}
 
     def check_kept(self, images):
         """Raises ValueError unless there are images to complete, and --keep_rows fits, or neither."""
@@ -566,20 +569,23 @@ def cider_d(captions, references):
     """
     documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
 
-    def tf_idf(words, n):
-        """-> {n-gram: weight}, and the norm of this vector."""
-        vector = {gram: count * (math.log(len(captions)) - math.log(max(1, documents[gram])))
-                  for gram, count in ngrams(words).items() if len(gram) == n}
-        return vector, math.sqrt(sum(v * v for v in vector.values()))
+    def tf_idf(words):
+        """-> for n = 1 ... 4 {n-gram: weight}, and the norm of this vector."""
+        vectors = [{} for _ in range(4)]
+        for gram, count in ngrams(words).items():
+            weight = count * (math.log(len(captions)) - math.log(max(1, documents[gram])))
+            vectors[len(gram) - 1][gram] = weight
+        return [(vector, math.sqrt(sum(v * v for v in vector.values()))) for vector in vectors]
 
     total = 0.0
     for words, others in zip(captions, references):
-        for other, n in itertools.product(others, range(1, 5)):
-            (x, x_norm), (y, y_norm) = tf_idf(words, n), tf_idf(other, n)
-            product = sum(min(v, y[gram]) * y[gram] for gram, v in x.items() if gram in y)
+        found = tf_idf(words)
+        for other in others:
             # the reference package counts bigrams, so an empty caption is as long as one word
             penalty = math.exp(-(max(1, len(words)) - max(1, len(other))) ** 2 / (2 * 6.0 ** 2))
-            total += 10 / 4 * penalty * product / (x_norm * y_norm or 1) / len(others)
+            for (x, x_norm), (y, y_norm) in zip(found, tf_idf(other)):
+                product = sum(min(v, y[gram]) * y[gram] for gram, v in x.items() if gram in y)
+                total += 10 / 4 * penalty * product / (x_norm * y_norm or 1) / len(others)
     return total / len(captions)
 
 

@@ -2251,8 +2251,8 @@ def test_generation_and_scores_are_the_same_with_packed_weights(code_hidden, mon
     for packs in (True, False):
         if not packs:
             monkeypatch.setattr(biart_module, "packed", lambda _: contextlib.nullcontext())
-        seen.append([model.generate(text, "image", n=2, guidance=2.0), model.generate(image, "text"),
-                     *model.beam_search(image, 2), *model.score_candidates(text, image[:, None], "image")])
+        seen.append([*model.generate(text, "image", n=2, guidance=2.0), *model.generate(image, "text"),
+                     *model.beam_search(image, 2), *model.log_likelihood(text, image, "image")])
         assert not any(getattr(p, "packed", None) is not None for p in model.parameters())
     for a, b in zip(*seen):
         assert torch.allclose(a, b, atol=1e-4)
@@ -2494,14 +2494,17 @@ def test_cached_generation_equals_uncached(to, positions, options):
         with torch.no_grad():
             expected = [uncached(model, ref[i // 2:i // 2 + 1], to, gen.shape[1], seeds[i],
                                  gen[i // 2, :given].tolist(), **options) for i in range(4)]
-        assert model.generate(ref, to, n=2, prefix=prefix, seeds=seeds, **options).tolist() == expected
+        found, log_p = model.generate(ref, to, n=2, prefix=prefix, seeds=seeds, **options)
+        assert found.tolist() == expected
+        whole = {"text": text, "image": image, to: found}
+        assert torch.allclose(log_p, model.log_likelihood(**whole, to=to, start=given)[0], atol=1e-5)
 
 
 def test_generated_tokens_belong_to_their_modality():
     model, (text, image) = biart(), captions_and_codes(4)
-    painted = model.generate(text, "image", n=8)
+    painted, _ = model.generate(text, "image", n=8)
     assert painted.shape == (32, 9) and painted.min() >= 0 and painted.max() < 12
-    said = model.generate(image, "text", n=8)
+    said, _ = model.generate(image, "text", n=8)
     assert said.shape == (32, 6) and said.max() < 20
     for row in said.tolist():
         if 18 in row:
@@ -2568,7 +2571,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from test_lverse import biart, captions_and_codes
 dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 model, rank, image = biart(), dist.get_rank(), captions_and_codes(8)[1]
-whole = [model.generate(row[None], "text", seeds=[i]) for i, row in enumerate(image)]
+whole = [model.generate(row[None], "text", seeds=[i])[0] for i, row in enumerate(image)]
 lengths = [(row != 19).sum().item() for row in whole]
 picks = lengths.index(min(lengths)), lengths.index(max(lengths))  # one caption each, of other lengths
 for block in model.blocks:
@@ -2576,7 +2579,7 @@ for block in model.blocks:
 fully_shard(model)
 register_fsdp_forward_method(model, "generate")
 i = picks[rank]
-same = torch.equal(model.generate(image[i:i + 1], "text", seeds=[i]), whole[i])
+same = torch.equal(model.generate(image[i:i + 1], "text", seeds=[i])[0], whole[i])
 print("equal" if same and lengths[picks[0]] < lengths[picks[1]] else "different", flush=True)
 dist.barrier()
 os._exit(0)  # as train.py leaves: gloo's thread may abort Python's own way out
@@ -2586,9 +2589,9 @@ os._exit(0)  # as train.py leaves: gloo's thread may abort Python's own way out
 
 def test_a_sample_depends_on_its_own_seed_alone():
     model, (text, _) = biart(), captions_and_codes(4)
-    together = model.generate(text, "image", seeds=[11, 12, 13, 14])
-    assert torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[13]))
-    assert not torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[14]))
+    together, _ = model.generate(text, "image", seeds=[11, 12, 13, 14])
+    assert torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[13])[0])
+    assert not torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[14])[0])
 
 
 @pytest.mark.parametrize("to", ["image", "text"])
@@ -2599,9 +2602,10 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_wrong(to, optio
     ref, gen = (text, image) if to == "image" else (image, text)
     for n, prefix_len, window in itertools.product((1, 4), (0, 1, 4, gen.shape[1]), (2, 5, 16)):
         given = dict(n=n, prefix=gen[:, :prefix_len], **options)
-        expected = model.generate(ref, to, window=1, **given)
+        expected, expected_log_p = model.generate(ref, to, window=1, **given)
         assert model.passes <= gen.shape[1] - 1
-        assert torch.equal(model.generate(ref, to, window=window, **given), expected)
+        found, log_p = model.generate(ref, to, window=window, **given)
+        assert torch.equal(found, expected) and torch.allclose(log_p, expected_log_p)
 
 
 def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
@@ -2617,13 +2621,15 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
         optimizer.step()
     model.eval().double()
     for options in ({}, {"guidance": 1.5}, {"top_p": 0.9}, {"temperature": 0}):
-        one_by_one = model.generate(text[:4], "image", n=2, window=1, **options)
+        one_by_one, _ = model.generate(text[:4], "image", n=2, window=1, **options)
         assert model.passes == 35
         for window in (4, 16, 64):  # the last is longer than the image
-            assert torch.equal(model.generate(text[:4], "image", n=2, window=window, **options), one_by_one)
+            found, log_p = model.generate(text[:4], "image", n=2, window=window, **options)
+            assert torch.equal(found, one_by_one)
+            assert torch.allclose(log_p, model.log_likelihood(text[:4], found, "image")[0])
             assert model.passes <= (12 if options == {"temperature": 0} else 34)
-    captions = model.generate(image, "text")
-    assert torch.equal(model.generate(image, "text", window=4), captions)
+    captions, _ = model.generate(image, "text")
+    assert torch.equal(model.generate(image, "text", window=4)[0], captions)
 
 
 def test_sampling_distribution():
@@ -2712,7 +2718,7 @@ def test_beams_against_a_search_without_cache(guidance):
         model.token["text"].weight[18] += 0.3  # so that captions end at different lengths
         expected = [brute_force_beam(model, row[None], 4, guidance) for row in image]
     assert model.beam_search(image, 4, guidance=guidance)[0].tolist() == expected
-    greedy = model.generate(image, "text", temperature=0, guidance=guidance)
+    greedy, _ = model.generate(image, "text", temperature=0, guidance=guidance)
     assert torch.equal(model.beam_search(image, 1, guidance=guidance)[0][:, 0], greedy)
 
 
@@ -2724,7 +2730,8 @@ def test_guidance_takes_only_what_is_plausible_and_leaves_alone_what_is_sure():
     conditional = torch.tensor([0.5, 0.4, 0.099, 0.001]).log()
     null = torch.tensor([0.5, 0.1, 0.3, 0.1]).log()
     sure = torch.tensor([0.999, 0.001 / 3, 0.001 / 3, 0.001 / 3]).log()
-    logits = Logits().next_logits(torch.stack([conditional, sure, null, null]), "image", 5.0)
+    logits, log_p = Logits().next_logits(torch.stack([conditional, sure, null, null]), "image", 5.0)
+    assert torch.allclose(log_p, torch.stack([conditional, sure]))
     p = logits.softmax(1)
     assert p[0, 3] == 0 and p[0, 1] > 0.9  # the ratio 4 to the power 2, times 0.4 / 0.5
     torch.testing.assert_close(p[0, 1] / p[0, 0], torch.tensor(0.8 * 4 ** 2), rtol=1e-4, atol=0)
@@ -2737,16 +2744,12 @@ def test_likelihoods_in_parts_and_both_ways():
         whole, count = model.log_likelihood(text, image, to)
         parts, same = model.log_likelihood(text, image, to, chunk=1)
         assert torch.allclose(whole, parts, atol=1e-5) and torch.equal(count, same)
-    forward, reverse = model.score_candidates(text[:2], image.view(2, 3, 9), "image")
-    paired = text[:2].repeat_interleave(3, 0)
-    assert torch.allclose(forward.flatten(), model.log_likelihood(paired, image, "image")[0])
-    assert torch.allclose(reverse.flatten(), model.log_likelihood(paired, image, "text")[0])
-    forward, reverse = model.score_candidates(image[:2], text.view(2, 3, 6), "text")
-    paired = image[:2].repeat_interleave(3, 0)
-    for chunk in (1, 4000, 2 ** 26):  # one image with one caption, one with all three, all at once
-        assert torch.allclose(forward.flatten(), model.log_likelihood(text, image[:2], "text", chunk)[0])
-    assert torch.allclose(forward.flatten(), model.log_likelihood(text, paired, "text")[0])
-    assert torch.allclose(reverse.flatten(), model.log_likelihood(text, paired, "image")[0])
+    for to, ref in (("image", "text"), ("text", "image")):
+        few = {to: {"text": text, "image": image}[to], ref: {"text": text, "image": image}[ref][:2]}
+        paired = {side: tokens.repeat_interleave(6 // len(tokens), 0) for side, tokens in few.items()}
+        expected, _ = model.log_likelihood(**paired, to=to)
+        for chunk in (1, 4000, 2 ** 26):  # one REF side with one GEN side, one with all three, all at once
+            assert torch.allclose(model.log_likelihood(**few, to=to, chunk=chunk)[0], expected)
 
 
 def test_one_batch_is_learned_both_ways():
@@ -2760,8 +2763,8 @@ def test_one_batch_is_learned_both_ways():
         loss.backward()
         optimizer.step()
     assert loss < 0.05
-    assert torch.equal(model.eval().generate(text, "image", temperature=0), image)
-    assert torch.equal(model.generate(image, "text", temperature=0), text)
+    assert torch.equal(model.eval().generate(text, "image", temperature=0)[0], image)
+    assert torch.equal(model.generate(image, "text", temperature=0)[0], text)
 
 
 # -----------------------------------------------------------------------------
@@ -4105,8 +4108,8 @@ def decode_on_cuda(graphs):
                 model.generate(ref, to, prefix=prefix[:, :2], **way)
             model.beam_search(image, 3, guidance=2.0)
             model.beam_search(image, 2, prefix=text[:, :2])
-            model.score_candidates(text, image[:, None], "image")
-            model.score_candidates(image, text[:, None], "text")
+            model.log_likelihood(text, image, "image")
+            model.log_likelihood(text, image[:1], "text", start=2)
     return mode.seen
 
 
@@ -4508,7 +4511,7 @@ def test_generation_shows_its_steps_and_can_be_ended():
     model, (text, codes) = biart(), captions_and_codes()
     for window, n in ((1, 2), (7, 1)):
         seen = []
-        tokens = model.generate(text, "image", n, seeds=range(len(text) * n), window=window,
+        tokens, _ = model.generate(text, "image", n, seeds=range(len(text) * n), window=window,
                                 on_step=lambda *step, seen=seen: seen.append([x.clone() for x in step]))
         assert len(seen) == model.passes
         for so_far, known in seen:

@@ -521,12 +521,13 @@ class BiARTObjective(nn.Module):
 
     def caption(self, codes):
         return [self.helpers[1].decode(ids.tolist())
-                for ids in self.model.generate(codes, "text", guidance=GUIDANCE)]
+                for ids in self.model.generate(codes, "text", guidance=GUIDANCE)[0]]
 
     def picture(self, text, image, null):
         """Captions under the images painted from them; then images over the captions given to them."""
         text, image = text[:16:2], image[:16:2]
-        pictures = self.decode(torch.cat([self.model.generate(text, "image", guidance=GUIDANCE), image]))
+        painted, _ = self.model.generate(text, "image", guidance=GUIDANCE)
+        pictures = self.decode(torch.cat([painted, image]))
         captions = [self.helpers[1].decode(ids.tolist()) for ids in text] + self.caption(image)
         return data.contact_sheet(pictures, captions, columns=len(text))
 
@@ -538,7 +539,7 @@ class BiARTObjective(nn.Module):
         text = [tokenizer.encode_padded(prompt, self.model.config.n_text)[0] for prompt in prompts]
         images = [data.crop_to_tensor(scenes.image(i), vae.config.image_size) for i in range(len(scenes))]
         codes = vae.encode(torch.stack(images).to(device))[0].flatten(1)
-        painted = self.model.generate(torch.tensor(text, device=device), "image", guidance=GUIDANCE)
+        painted, _ = self.model.generate(torch.tensor(text, device=device), "image", guidance=GUIDANCE)
         return data.exact_rates(prompts, self.decode(painted), references, self.caption(codes))
 
 
