@@ -637,10 +637,12 @@ class KVCache:
 
     def seek(self, pos, kv_len):
         """The next tokens stand at pos (B, n, W) behind the prompt; own keys are read up to kv_len."""
-        self.kv_len, pos = self.own_start + kv_len, (self.own_start + pos)[..., None]
-        self.pos = pos.repeat(1, self.n_head, 1, 1)  # (B, nh * n, W, 1)
-        future = torch.arange(self.kv_len, device=pos.device) > (pos if self.n == 1 else self.pos)
+        self.kv_len, pos = self.own_start + kv_len, self.own_start + pos
+        of_head = pos.repeat(1, self.n_head, 1)  # (B, nh * n, W)
+        future = torch.arange(self.kv_len, device=pos.device) > (pos if self.n == 1 else of_head)[..., None]
         self.mask = torch.zeros_like(future, dtype=self.own[0].dtype).masked_fill_(future, -torch.inf)
+        starts = torch.arange(0, self.own[0][0, ..., 0].numel(), self.own[0].shape[3], device=pos.device)
+        self.index = (starts.view_as(of_head[..., :1]) + of_head).flatten()  # in own keys, one below another
 
     def attend(self, i, q, k, v):
         """
@@ -651,8 +653,8 @@ class KVCache:
         if i == len(self.own):
             self.add_prompt(k, v)
             return causal_attention(q, k, v)
-        kv = torch.stack([k, v]).view(2, *self.pos.shape[:3], -1)  # (2, B, nh * n, W, hs)
-        self.own[i].scatter_(3, self.pos.expand_as(kv), kv)
+        kv = torch.stack([k, v]).view(2, -1, k.shape[-1])  # (2, B * nh * n * W, hs)
+        self.own[i].view(2, -1, k.shape[-1]).index_copy_(1, self.index, kv)
         own_k, own_v = self.own[i][:, :, :, :self.kv_len]
         if self.n == 1:  # the mask is (B, 1, W, kv_len), for all heads
             return F.scaled_dot_product_attention(q, own_k, own_v, self.mask)
