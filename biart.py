@@ -349,18 +349,18 @@ class BiART(nn.Module):
         """Whether blocks fetch weights from other ranks (FSDP); then all ranks must do equally many steps."""
         return hasattr(self.blocks[0].attn.c_attn.weight, "full_tensor")
 
-    def prefill(self, ref, to, prefix, guidance, n, length):
+    def prefill(self, ref, to, prefix, guidance=1, cache=None):
         """
-        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> the last one's hidden states (B, C), and a
-        cache with room for `length` more tokens of each of n candidates. With guidance, the B prompts with a
-        blank REF side go along as the second half of the batch: (2 B, C).
+        ref (B, n_ref) and the first GEN tokens, prefix (B, m) -> hidden states of the last REF token and of
+        the prefix: (B, 1 + m, C). With guidance, the B prompts with a blank REF side go along as the second
+        half of the batch: (2 B, 1 + m, C). The cache, if any, keeps the prompts' keys and values.
         """
         null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
         x = torch.cat([self.embed_side(ref, OTHER[to], REF, null), self.embed_side(prefix, to, GEN)], dim=1)
-        cache = KVCache(self.config.n_head, n, length)
-        return self.transformer(x, [x.shape[1] - 1], cache), cache
+        h = self.transformer(x, [ref.shape[1] - 1], cache)
+        return h.view(len(x), -1, x.shape[2])
 
     def decode_step(self, x, pos, kv_len, guidance, cache):
         """
@@ -434,7 +434,8 @@ class BiART(nn.Module):
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
         with self.packed(to, draft.pos.numel() * window * (1 if guidance == 1 else 2)):
-            h, cache = self.prefill(ref, to, prefix, guidance, n, len(position))
+            cache = KVCache(self.config.n_head, n, len(position))
+            h = self.prefill(ref, to, prefix, guidance, cache)[:, -1]
             draft.begin(*self.next_logits(h, to, guidance))
             self.passes, farthest, W = 0, 0, window
             while self.passes < draft.last:
@@ -474,7 +475,8 @@ class BiART(nn.Module):
         pad_only[c.pad_token] = 0
         position = self.position_embedding("text", GEN)[prefix.shape[1]:]
         with self.packed("text", B * width * (1 if guidance == 1 else 2)):
-            h, cache = self.prefill(image, "text", prefix, guidance, width, n_new)
+            cache = KVCache(c.n_head, width, n_new)
+            h = self.prefill(image, "text", prefix, guidance, cache)[:, -1]
             logits = self.next_logits(h, "text", guidance)[0][:, None].expand(B, width, -1)
             for i in range(n_new):
                 next_log_p = torch.where(done[..., None], pad_only, logits.log_softmax(-1))
@@ -499,12 +501,13 @@ class BiART(nn.Module):
     # Scores: the same model judges what it generated, in both directions
 
     @torch.no_grad()
-    def log_likelihood(self, text, image, to, start=0, chunk=2 ** 26):
+    def log_likelihood(self, text, image, to, start=0, chunk=0):
         """
         log p(GEN side | REF side), nats: (N,), and the number of tokens it is the sum over: (N,), of N GEN
         sides, where those before `start` are given. There are N REF sides, or fewer, each for the next n GEN
         sides, which share what is computed of it, if it is an image. Any N: rows go through a few at a time,
-        so that about `chunk` numbers are held at once, activations of one block.
+        so that about `chunk` numbers are held at once, activations of one block. 0: what a CPU's cache holds,
+        elsewhere 16 times as many.
         """
         c, sides, nll = self.config, {"text": text, "image": image}, []
         ref, n = sides[OTHER[to]], len(sides[to]) // len(sides[OTHER[to]])
@@ -513,16 +516,21 @@ class BiART(nn.Module):
         mask = self.loss_mask(sides[to], to)
         n_gen = max(2, int(mask.sum(1).max()))  # behind the longest text there is only padding
         gen = sides[to][:, :n_gen].unflatten(0, (len(ref), n))
+        chunk = chunk or (2 ** 22 if image.device.type == "cpu" else 2 ** 26)
         rows = max(1, chunk // (8 * c.n_embd * (c.length(OTHER[to]) // n + n_gen)))
         parts = [(r, g) for r, of_r in zip(ref.split(max(1, rows // n)), gen.split(max(1, rows // n)))
                  for g in of_r.split(rows, 1)]
         with self.packed(to, len(parts[0][0]) * n_gen):
             for r, g in parts:  # (B, n_ref), (B, n, n_gen)
-                h, cache = self.prefill(r, to, r[:, :0], 1, g.shape[1], n_gen - 1)
-                x = self.embed_side(g[..., :-1].flatten(0, 1), to, GEN).unflatten(0, g.shape[:2])
-                pos = torch.arange(n_gen - 1, device=x.device).expand(x.shape[:3])
-                more = self.decode_step(x, pos, n_gen - 1, 1, cache)  # (B, n, n_gen - 1, C)
-                h = torch.cat([h[:, None, None].expand_as(more[:, :, :1]), more], 2).flatten(0, 1)
+                if n == 1:
+                    h = self.prefill(r, to, g[:, 0, :-1])  # (B, n_gen, C)
+                else:
+                    cache = KVCache(c.n_head, g.shape[1], n_gen - 1)
+                    h = self.prefill(r, to, r[:, :0], cache=cache)  # (B, 1, C)
+                    x = self.embed_side(g[..., :-1].flatten(0, 1), to, GEN).unflatten(0, g.shape[:2])
+                    pos = torch.arange(n_gen - 1, device=x.device).expand(x.shape[:3])
+                    more = self.decode_step(x, pos, n_gen - 1, 1, cache)  # (B, n, n_gen - 1, C)
+                    h = torch.cat([h[:, None].expand_as(more[:, :, :1]), more], 2).flatten(0, 1)
                 nll.append(self.cross_entropy(h[:, start:], g.flatten(0, 1)[:, start:], to)[1])
         return -torch.cat(nll), mask[:, start:].sum(1)
 

@@ -174,8 +174,12 @@ class Run:
                 tokens, forward = self.biart.generate(
                     ref, to, n, prefix, temperature, c.top_k, top_p, c.guidance,
                     seeds=[seed for row in seeds for seed in row], window=c.window, on_step=on_step)
-            whole = {OTHER[to]: ref.repeat_interleave(n, 0), to: tokens}
-            reverse, _ = self.biart.log_likelihood(**whole, to=OTHER[to])
+            # What was drawn more than once is judged once
+            whole = torch.cat([ref.repeat_interleave(n, 0), tokens], dim=1)
+            different, which = whole.unique(dim=0, return_inverse=True)
+            ref_side, gen_side = different.split([ref.shape[1], tokens.shape[1]], dim=1)
+            judged, _ = self.biart.log_likelihood(**{OTHER[to]: ref_side, to: gen_side}, to=OTHER[to])
+            reverse = judged[which]
         groups, (forward, reverse) = [], (x.view(len(ref), n).tolist() for x in (forward, reverse))
         for of_input in zip(tokens.view(len(ref), n, -1), seeds, forward, reverse):
             group = list(zip(*of_input))
@@ -201,11 +205,12 @@ class Run:
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
-            for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix, on_step)):
-                chosen = choose(group) if choose else group[:n]
-                pixels = self.decode(torch.stack([record["tokens"] for record in chosen]))
-                yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
-                       for x, record in zip(pixels, chosen)]
+            groups = [choose(group) if choose else group[:n]
+                      for group in self.candidates(text, "image", n, indices, prefix, on_step)]
+            pixels = self.decode(torch.stack([record["tokens"] for group in groups for record in group]))
+            pictures = map(data.to_image, pixels)
+            for i, group in zip(indices, groups):
+                yield [{"picture": next(pictures), "prompt": prompts[i], **record} for record in group]
 
     def caption_all(self, images, n=1, on_step=None, choose=None):
         """PIL images -> yields for each, as paint_all(), records with "caption" and "picture", as encoded."""

@@ -2554,7 +2554,8 @@ def test_graphs_record_the_second_call_and_replay_from_then_on(fails, monkeypatc
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_candidates_share_the_keys_and_values_of_their_prompt(guidance):
     model, (text, _) = biart(), captions_and_codes(2)
-    _, cache = model.prefill(text, "image", text[:, :0], guidance, n=8, length=9)
+    cache = biart_module.KVCache(n_head=2, n=8, length=9)
+    model.prefill(text, "image", text[:, :0], guidance, cache)
     batch = 2 if guidance == 1 else 4
     assert [kv.shape for kv in cache.prompt] == [(2, batch * 2, 6, 8)] * 2  # 2 heads; not 8 times as many
     assert [kv.shape for kv in cache.own] == [(2, batch, 2 * 8, 9, 8)] * 2
