@@ -1,7 +1,7 @@
 """
 Tests, by file and in the order of the pipeline: tokenizer, data, augvae, biart, train, sample.
 
-$ pytest -q
+$ pytest -q -n 2  # in two processes, by pytest-xdist; without -n it is one
 
 They compare with brute force, a reference, or the long way round; the last ones run the real commands.
 """
