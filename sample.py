@@ -87,7 +87,7 @@ class SampleConfig:
     json: bool = False  # bench: print one JSON object last
     # How to sample, in both directions
     n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
-    batch_size: int = 64  # samples made at a time; the results are the same
+    batch_size: int = 128  # samples made at a time; the results are the same
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0 from all
     top_p: float = 1.0  # sample from the likeliest tokens that sum to this probability

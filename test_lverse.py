@@ -2188,8 +2188,16 @@ def test_fused_linear_layers_equal_their_plain_versions(kind, rows, dtype):
         assert a.dtype == b.dtype and (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def test_how_single_rows_go_is_tried_once():
+    biart_module.rows_go_in_parts.cache_clear()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = biart_module.rows_go_in_parts()
+    assert found in (False, True) and found == biart_module.rows_go_in_parts()
+    assert biart_module.rows_go_in_parts.cache_info().misses == 1
+
+
 @pytest.mark.parametrize("rows", [1, 2, 5, 17, 70])  # one row goes another way
-@pytest.mark.parametrize("out", [32, 20, 7])  # 16 parts, 4, 1
+@pytest.mark.parametrize("out", [32, 20, 7])
 @pytest.mark.parametrize("biased", [False, True])
 @torch.no_grad()
 def test_packed_weights_give_the_same_product(rows, out, biased):
@@ -2208,11 +2216,14 @@ def test_packed_weights_give_the_same_product(rows, out, biased):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out", [32, 20, 7])  # 16 parts, 4, 1
 @pytest.mark.parametrize("biased", [False, True])
-def test_one_row_has_the_same_product_and_gradients(dtype, biased):
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_one_row_has_the_same_product_and_gradients(dtype, out, biased, in_parts, monkeypatch):
     torch.manual_seed(0)
     seen, tolerance = [], {torch.float64: 1e-9, torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-    tensors = [torch.randn(1, 1, 12), torch.randn(32, 12), torch.randn(32)]
+    tensors = [torch.randn(1, 1, 12), torch.randn(out, 12), torch.randn(out)]
+    monkeypatch.setattr(biart_module, "rows_go_in_parts", lambda: in_parts)
     for product in (biart_module.linear, F.linear):
         x, weight, bias = (t.to(torch.float64 if dtype is torch.float64 else torch.float32, copy=True)
                            .requires_grad_() for t in tensors)
