@@ -20,7 +20,7 @@ References:
 import contextlib
 import functools
 import math
-import time
+import timeit
 import warnings
 from dataclasses import dataclass, field
 
@@ -740,7 +740,7 @@ def packed(weights):
 
 def linear(x, weight, bias=None):
     """F.linear, by oneDNN if `packed`: x (..., in), weight (out, in), bias (out,) or None -> (..., out)."""
-    if x.is_cpu and x.numel() == x.shape[-1]:  # one row
+    if x.is_cpu and x.numel() == x.shape[-1]:  # one row, packed or not
         return (linear_in_parts if rows_go_in_parts() else F.linear)(x, weight, bias)
     copy = getattr(weight, "packed", None)
     return (F.linear(x, weight, bias) if copy is None else
@@ -758,18 +758,14 @@ def linear_in_parts(x, weight, bias=None):
 @functools.cache
 def rows_go_in_parts():
     """
-    Whether single rows, bound by reading weights, are multiplied so: a trial tells. On AMD's CPUs this takes
-    half as long as F.linear, on Intel's twice as long.
+    Whether linear_in_parts takes a single row faster than F.linear, both bound by reading weights: a trial,
+    once a process. It took half the time on an AMD CPU, and twice the time on an Intel one. Sums may differ
+    in the last digit.
     """
     row, weight = torch.ones(1, 512), torch.ones(8192, 512)
-
-    def seconds(product):
-        begun = time.perf_counter()
-        product(row, weight)
-        return time.perf_counter() - begun
-
     with torch.autocast("cpu", enabled=False):
-        whole, parts = (min(seconds(product) for _ in range(5)) for product in (F.linear, linear_in_parts))
+        whole, parts = (min(timeit.repeat(functools.partial(product, row, weight), number=1))
+                        for product in (F.linear, linear_in_parts))
     return parts < 0.8 * whole
 
 
