@@ -276,7 +276,7 @@ class BiART(nn.Module):
         x = dropout(x, self.config.dropout, self.training)
         for i, block in enumerate(self.blocks):
             attend = functools.partial(cache.attend, i) if cache is not None else causal_attention
-            x = block(x, attend, starts if block is self.blocks[-1] else None)
+            x = block(x, attend, starts if i == self.config.n_layer - 1 else None)
         return x
 
     def logits(self, h, modality):
