@@ -343,7 +343,7 @@ class BiART(nn.Module):
     def packed(self, to, rows):
         """`packed`, of all layers and the logits of `to`; of none for single rows or sharded blocks."""
         layers = [layer.weight for layer in self.blocks.modules() if isinstance(layer, nn.Linear)]
-        return packed([] if self.sharded or rows == 1 else [*layers, self.token[to].weight])
+        return packed([] if self.sharded or rows == 1 else [*layers, self.token[to].weight], rows)
 
     @property
     def sharded(self):
@@ -566,7 +566,7 @@ class Draft:
         self.log_p = torch.zeros_like(self.uniform)  # of the tokens, each given those before it
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
-        self.hits = torch.ones((), device=device)  # share of first guesses that were right, lately
+        self.hits = torch.full((), 0.8, device=device)  # share of first guesses that were right, lately
 
     def begin(self, logits, log_p):
         """What follows the prompts, logits and log p (B, V), gives the first token, and the first guesses."""
@@ -721,23 +721,37 @@ def tails(x, starts):
 
 
 @contextlib.contextmanager
-def packed(weights):
+def packed(weights, rows):
     """
     While this lasts, `linear` multiplies by copies of these weights (out, in) that oneDNN laid out, if they
-    are float32 on a CPU and products are, too. For 2 to 64 rows that is two to five times as fast as
-    F.linear, for more a fifth faster; one row needs no copies.
+    are float32 on a CPU and products are, too, and if that pays for so many rows. One row needs no copies.
     """
     product = torch.ones(1, 1) @ torch.ones(1, 1)  # of another type under autocast
-    lay_out = getattr(torch.ops.mkldnn, "_reorder_linear_weight", None)  # torch for macOS has none
-    may = lay_out and product.dtype == torch.float32
-    weights = [w for w in weights if may and w.device.type == "cpu" and w.dtype == torch.float32]
+    may = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and product.dtype == torch.float32
+    tried = 2 ** min(8, (rows - 1).bit_length())  # rows, of which there are few numbers to try
+    weights = [w for w in weights if may and w.device.type == "cpu" and w.dtype == torch.float32
+               and packing_pays(tried, *w.shape)]
     try:
         for weight in weights:
-            weight.packed = lay_out(weight.detach())
+            weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
         yield
     finally:
         for weight in weights:
             weight.packed = None
+
+
+@functools.cache
+def packing_pays(rows, n_out, n_in):
+    """
+    Whether `linear` is faster by a copy of a weight that oneDNN laid out than by F.linear: a trial, once a
+    process. For 2 to 64 rows it was two to five times as fast on an AMD CPU; on an Intel one twice as fast
+    with 512 channels, and half as fast with 128. Sums may differ in the last digit.
+    """
+    x, weight = torch.ones(rows, n_in), torch.ones(n_out, n_in)
+    product = functools.partial(linear, x, weight)
+    plain = min(timeit.repeat(product, number=1))
+    weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight)
+    return min(timeit.repeat(product, number=1)) < 0.9 * plain
 
 
 def linear(x, weight, bias=None):

@@ -2199,15 +2199,17 @@ def test_how_single_rows_go_is_tried_once():
 @pytest.mark.parametrize("rows", [1, 2, 5, 17, 70])  # one row goes another way
 @pytest.mark.parametrize("out", [32, 20, 7])
 @pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("pays", [True, False])
 @torch.no_grad()
-def test_packed_weights_give_the_same_product(rows, out, biased):
+def test_packed_weights_give_the_same_product(rows, out, biased, pays, monkeypatch):
     torch.manual_seed(0)
+    monkeypatch.setattr(biart_module, "packing_pays", lambda *_: pays)
     x, weight = torch.randn(rows, 12), nn.Parameter(torch.randn(out, 12))
     bias = torch.randn(out) if biased else None
     plain = F.linear(x[:, None], weight, bias)
-    with biart_module.packed([weight]):
+    with biart_module.packed([weight], rows):
         built = hasattr(torch.ops.mkldnn, "_reorder_linear_weight")  # not in torch for macOS
-        assert (getattr(weight, "packed", None) is not None) == built
+        assert (getattr(weight, "packed", None) is not None) == (built and pays)
         assert torch.allclose(biart_module.linear(x[:, None], weight, bias), plain, atol=1e-5)
         assert torch.allclose(biart_module.linear(x.t()[:12, :12].t(), weight, bias),  # another layout
                               F.linear(x[:12], weight, bias), atol=1e-5)
@@ -2244,15 +2246,27 @@ def test_gelu_of_one_row_has_the_same_values_and_gradients(shape):
 
 
 @torch.no_grad()
-def test_other_types_than_float32_are_not_packed():
+def test_other_types_than_float32_are_not_packed(monkeypatch):
+    monkeypatch.setattr(biart_module, "packing_pays", lambda *_: True)
     double, weight = torch.randn(4, 4).double(), torch.randn(4, 4)
-    with biart_module.packed([double]), torch.autocast("cpu", dtype=torch.bfloat16):
+    with biart_module.packed([double], 3), torch.autocast("cpu", dtype=torch.bfloat16):
         assert getattr(double, "packed", None) is None
-        with biart_module.packed([weight]):
+        with biart_module.packed([weight], 3):
             assert biart_module.linear(torch.randn(3, 4), weight).dtype == torch.bfloat16
-    with pytest.raises(KeyError), biart_module.packed([weight]):
+    with pytest.raises(KeyError), biart_module.packed([weight], 3):
         raise KeyError
     assert weight.packed is None
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"), reason="torch without oneDNN")
+def test_whether_packing_pays_is_tried_once_for_a_power_of_two(monkeypatch):
+    real, tried, weight = biart_module.packing_pays, [], torch.randn(24, 12)
+    real.cache_clear()
+    monkeypatch.setattr(biart_module, "packing_pays", lambda *key: tried.append(key) or real(*key))
+    for rows in (3, 4, 256, 5000):
+        with biart_module.packed([weight], rows):
+            assert (getattr(weight, "packed", None) is not None) == real(*tried[-1])
+    assert tried == [(4, 24, 12)] * 2 + [(256, 24, 12)] * 2 and real.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("code_hidden", [0, 8])
@@ -2260,8 +2274,7 @@ def test_generation_and_scores_are_the_same_with_packed_weights(code_hidden, mon
     model, (text, image) = biart(code_hidden=code_hidden), captions_and_codes()
     seen = []
     for packs in (True, False):
-        if not packs:
-            monkeypatch.setattr(biart_module, "packed", lambda _: contextlib.nullcontext())
+        monkeypatch.setattr(biart_module, "packing_pays", lambda *_, packs=packs: packs)
         seen.append([*model.generate(text, "image", n=2, guidance=2.0), *model.generate(image, "text"),
                      *model.beam_search(image, 2), *model.log_likelihood(text, image, "image")])
         assert not any(getattr(p, "packed", None) is not None for p in model.parameters())
@@ -4271,7 +4284,7 @@ def test_bench_memory_names_the_largest_batch(capsys):
 @needs_counting
 @pytest.mark.parametrize("rows, n", [(16, 1), (4, 4)])
 def test_generation_holds_one_cache(rows, n, monkeypatch):
-    monkeypatch.setattr(biart_module, "packed", lambda _: contextlib.nullcontext())  # oneDNN takes no fakes
+    monkeypatch.setattr(biart_module, "packing_pays", lambda *_: False)  # oneDNN takes no fakes
     c = BiARTConfig(n_layer=4, n_head=4, n_embd=256, n_text=32, image_side=8, text_vocab=300, image_vocab=64)
     with torch.device("meta"):
         model = BiART(c)
