@@ -2263,10 +2263,12 @@ def test_whether_packing_pays_is_tried_once_for_a_power_of_two(monkeypatch):
     real, tried, weight = biart_module.packing_pays, [], torch.randn(24, 12)
     real.cache_clear()
     monkeypatch.setattr(biart_module, "packing_pays", lambda *key: tried.append(key) or real(*key))
-    for rows in (3, 4, 256, 5000):
+    for rows in (3, 4, 256):
         with biart_module.packed([weight], rows):
             assert (getattr(weight, "packed", None) is not None) == real(*tried[-1])
-    assert tried == [(4, 24, 12)] * 2 + [(256, 24, 12)] * 2 and real.cache_info().misses == 2
+    with biart_module.packed([weight], 257):
+        assert weight.packed is not None
+    assert tried == [(4, 24, 12)] * 2 + [(256, 24, 12)] and real.cache_info().misses == 2
 
 
 @pytest.mark.parametrize("code_hidden", [0, 8])
@@ -2274,7 +2276,7 @@ def test_generation_and_scores_are_the_same_with_packed_weights(code_hidden, mon
     model, (text, image) = biart(code_hidden=code_hidden), captions_and_codes()
     seen = []
     for packs in (True, False):
-        monkeypatch.setattr(biart_module, "packing_pays", lambda *_, packs=packs: packs)
+        monkeypatch.setattr(biart_module, "packing_pays", lambda *_, packs=packs: packs)  # 256 rows at most
         seen.append([*model.generate(text, "image", n=2, guidance=2.0), *model.generate(image, "text"),
                      *model.beam_search(image, 2), *model.log_likelihood(text, image, "image")])
         assert not any(getattr(p, "packed", None) is not None for p in model.parameters())
