@@ -434,19 +434,22 @@ class BiART(nn.Module):
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
-        with self.packed(to, draft.pos.numel() * window * (1 if guidance == 1 else 2)):
+        rows = draft.pos.numel() * (1 if guidance == 1 else 2)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self.packed(to, rows))
             cache = KVCache(self.config.n_head, n, len(position))
             h = self.prefill(ref, to, prefix, guidance, cache)[:, -1]
             draft.begin(*self.next_logits(h, to, guidance))
-            self.passes, farthest, W = 0, 0, window
+            self.passes, farthest, W = 0, 0, 1
             while self.passes < draft.last:
-                # where a look takes long, or changes little; ranks of one sharded model must look together
-                rarely = ref.is_cuda or W == 1 and to == "image" and not self.sharded
-                if (window > 1 or to == "text") and self.passes % (8 if rarely else 1) == 0:
+                passes_a_look = 8 if ref.is_cuda else 1  # a GPU waits for a look
+                if (window > 1 or to == "text") and (self.passes - 1) % passes_a_look == 0:
                     going, farthest, hits = draft.look(self.sharded)
                     if not going:
                         break
-                    W = window if hits >= 0.5 else 1  # too few guesses are right: go token by token
+                    W_before, W = W, window if hits >= 0.5 else 1  # where enough guesses are right
+                    if W > W_before:
+                        stack.enter_context(self.packed(to, rows * W))
                 if on_step:
                     on_step(draft.so_far(), draft.known())
                 kv_len = -(-(int(farthest) + W) // multiple) * multiple
@@ -566,9 +569,9 @@ class Draft:
         self.log_p = torch.zeros_like(self.uniform)  # of the tokens, each given those before it
         self.pos = torch.zeros_like(self.tokens[..., :1])  # where each sample's last known token stands
         self.total, self.last = total - m, max(0, total - m - 1)
-        # The share of first guesses that were right, lately. From 0.8, one sample's is below 0.5 after three
-        # passes without any: early enough where nothing can be guessed.
-        self.hits = torch.full((), 0.8, device=device)
+        # The share of first guesses that were right, lately. At 0.45 the first pass goes token by token, and
+        # opens a window if its guess proves right.
+        self.hits = torch.full((), 0.45, device=device)
 
     def begin(self, logits, log_p):
         """What follows the prompts, logits and log p (B, V), gives the first token, and the first guesses."""
@@ -734,7 +737,7 @@ def packed(weights, rows):
     may = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and product.dtype == torch.float32
     tried = 2 ** (rows - 1).bit_length()  # rows, rounded up to a power of two, so that trials are few
     weights = [w for w in weights if may and w.device.type == "cpu" and w.dtype == torch.float32
-               and (rows > 256 or packing_pays(tried, *w.shape))]
+               and getattr(w, "packed", None) is None and (rows > 256 or packing_pays(tried, *w.shape))]
     try:
         for weight in weights:
             weight.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
