@@ -275,14 +275,15 @@ def exact_rates(prompts, pictures, references, captions):
 
 def components(mask):
     """A boolean array (h, w) -> boolean arrays of its 4-connected components, largest first."""
-    labels = np.where(mask, np.arange(1, mask.size + 1).reshape(mask.shape), 0)
+    padded = np.zeros(np.add(mask.shape, 2), int)
+    labels = padded[1:-1, 1:-1]
+    labels[mask] = np.arange(1, mask.sum() + 1)
     while True:  # every pixel takes the largest label around it until nothing changes
-        padded = np.pad(labels, 1)
-        spread = np.max([padded[1:-1, 1:-1], padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2],
-                         padded[1:-1, 2:]], axis=0) * mask
+        across = np.maximum(np.maximum(padded[:, :-2], padded[:, 2:]), padded[:, 1:-1])[1:-1]
+        spread = np.maximum(np.maximum(padded[:-2], padded[2:])[:, 1:-1], across) * mask
         if (spread == labels).all():
             break
-        labels = spread
+        labels[:] = spread
     ids, sizes = np.unique(labels[labels > 0], return_counts=True)
     return [labels == i for i in ids[np.argsort(-sizes)]]
 
