@@ -434,6 +434,7 @@ class BiART(nn.Module):
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
         multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
+        look_every = 8 if ref.is_cuda else 1  # passes, as a GPU waits for a look
         rows = draft.pos.numel() * (1 if guidance == 1 else 2)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.packed(to, rows))
@@ -442,8 +443,7 @@ class BiART(nn.Module):
             draft.begin(*self.next_logits(h, to, guidance))
             self.passes, farthest, W = 0, 0, 1
             while self.passes < draft.last:
-                passes_a_look = 8 if ref.is_cuda else 1  # a GPU waits for a look
-                if (window > 1 or to == "text") and (self.passes - 1) % passes_a_look == 0:
+                if (window > 1 or to == "text") and (self.passes - 1) % look_every == 0:
                     going, farthest, hits = draft.look(self.sharded)
                     if not going:
                         break
