@@ -2624,7 +2624,9 @@ def test_a_sample_depends_on_its_own_seed_alone():
 @pytest.mark.parametrize("to", ["image", "text"])
 @pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"guidance": 2.5, "temperature": 0.8},
                                      {"top_k": 4}, {"top_p": 0.7}])
-def test_a_window_finds_the_same_sample_where_guesses_are_mostly_wrong(to, options):
+def test_a_window_finds_the_same_sample_where_guesses_are_mostly_wrong(to, options, monkeypatch):
+    look = biart_module.Draft.look  # it stays open, however wrong they are
+    monkeypatch.setattr(biart_module.Draft, "look", lambda self, sharded: [*look(self, sharded)[:2], 1.0])
     model, (text, image) = biart().double(), captions_and_codes(3)
     ref, gen = (text, image) if to == "image" else (image, text)
     for n, prefix_len, window in itertools.product((1, 4), (0, 1, 4, gen.shape[1]), (2, 5, 16)):
@@ -2657,6 +2659,20 @@ def test_a_window_finds_the_same_sample_where_guesses_are_mostly_right():
             assert model.passes <= (12 if options == {"temperature": 0} else 34)
     captions, _ = model.generate(image, "text")
     assert torch.equal(model.generate(image, "text", window=4)[0], captions)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_window_is_opened_once_a_guess_was_right_and_weights_are_laid_out_then(alike, monkeypatch):
+    model, (text, _), widths, laid_out = biart(image_side=5), captions_and_codes(1), [], []
+    read, packed = biart_module.Draft.read, biart_module.packed
+    monkeypatch.setattr(biart_module.Draft, "read", lambda self, W: widths.append(W) or read(self, W))
+    monkeypatch.setattr(biart_module, "packed", lambda weights, rows:
+                        laid_out.append((len(weights) > 0, rows)) or packed(weights, rows))
+    monkeypatch.setattr(biart_module, "sample_token", lambda logits, uniform, **_:
+                        (uniform * 1e4).long() % (1 if alike else 12))
+    model.generate(text, "image", window=4)
+    assert widths == ([1] + [4] * 6 if alike else [1] * 24)
+    assert laid_out == [(False, 1), (True, 4)][:1 + alike]
 
 
 def test_sampling_distribution():
