@@ -412,7 +412,7 @@ class BiART(nn.Module):
         window: tokens that a pass looks for: the same sample in fewer passes, see Draft. 1 is token by
             token; 0 takes what was fastest on a CPU for so many images, and 1 elsewhere.
         on_step: called before each pass with the tokens so far, as below, and how many of each sample are
-            known (B * n,); the others are guesses. What it raises ends the work.
+            known (B * n,), at times fewer than before; the others are guesses. What it raises ends the work.
 
         -> LongTensor (B * n, n_image), or (B * n, n_text), which is padded behind its end token; and the
         log p of what follows the prefix, without guidance and at temperature 1, nats: (B * n,).
@@ -433,8 +433,8 @@ class BiART(nn.Module):
             draft.accept(*self.next_logits(h, to, guidance), tokens, at)
 
         step = GraphedStep(step) if ref.is_cuda and self.use_cuda_graphs and not self.sharded else step
-        multiple = 128 if ref.is_cuda else 1  # of kv_len, as each has a graph of its own
-        look_every = 8 if ref.is_cuda else 1  # passes, as a GPU waits for a look
+        # On a GPU each kv_len has a graph of its own, and a look waits for all passes before it
+        multiple, look_every = (128, 8) if ref.is_cuda else (1, 1)
         rows = draft.pos.numel() * (1 if guidance == 1 else 2)
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.packed(to, rows))
@@ -444,15 +444,17 @@ class BiART(nn.Module):
             self.passes, farthest, W = 0, 0, 1
             while self.passes < draft.last:
                 if (window > 1 or to == "text") and (self.passes - 1) % look_every == 0:
-                    going, farthest, hits = draft.look(self.sharded)
-                    if not going:
+                    nearest, farthest, hits = draft.look(self.sharded)
+                    if nearest == draft.last:
                         break
                     W_before, W = W, window if hits >= 0.5 else 1  # where enough guesses are right
                     if W > W_before:
                         stack.enter_context(self.packed(to, rows * W))
+                    elif W < W_before and to == "image":
+                        draft.pos.clamp_(max=nearest)  # the slowest sets the time; in step, no mask is needed
                 if on_step:
                     on_step(draft.so_far(), draft.known())
-                kv_len = -(-(int(farthest) + W) // multiple) * multiple
+                kv_len = -(-(farthest + W) // multiple) * multiple
                 step(min(kv_len, len(position)), W)
                 farthest += W
                 self.passes += 1
@@ -601,15 +603,16 @@ class Draft:
         self.hits.lerp_((found[..., 0] == first_guess).float().mean(), 1 - 0.85 ** self.pos.numel())
 
     def look(self, sharded):
-        """-> samples that go on, the farthest pos, hits. A GPU waits for these values."""
-        done = self.pos == self.last
-        if self.to == "text":
-            known = torch.arange(self.tokens.shape[2], device=self.pos.device) <= self.pos
-            done = done | ((self.tokens == self.config.end_token) & known).any(2, keepdim=True)
-        going = (~done).sum()
+        """-> the lowest pos of those that go on, the highest, hits. A GPU waits for these values."""
+        pos = self.pos
+        if self.to == "text":  # what has ended is at the end
+            known = torch.arange(self.tokens.shape[2], device=pos.device) <= pos
+            ended = ((self.tokens == self.config.end_token) & known).any(2, keepdim=True)
+            pos = pos.masked_fill(ended, self.last)
+        nearest = pos.min()
         if sharded:  # ranks end together, as blocks fetch their weights from all of them
-            torch.distributed.all_reduce(going)
-        return torch.stack([going.to(self.hits), self.pos.max().to(self.hits), self.hits]).tolist()
+            torch.distributed.all_reduce(nearest, torch.distributed.ReduceOp.MIN)
+        return nearest.item(), self.pos.max().item(), self.hits.item()
 
     def so_far(self):
         """All tokens, the prefix with them: (B * n, total)."""
