@@ -603,7 +603,7 @@ class Draft:
         self.hits.lerp_((found[..., 0] == first_guess).float().mean(), 1 - 0.85 ** self.pos.numel())
 
     def look(self, sharded):
-        """-> the lowest pos of those that go on, the highest, hits. A GPU waits for these values."""
+        """-> the lowest pos of samples that go on (last, if none does), the highest, hits. GPUs wait."""
         pos = self.pos
         if self.to == "text":  # what has ended is at the end
             known = torch.arange(self.tokens.shape[2], device=pos.device) <= pos
@@ -734,7 +734,8 @@ def packed(weights, rows):
     """
     While this lasts, `linear` multiplies by copies of these weights (out, in) that oneDNN laid out, if they
     are float32 on a CPU and products are, too. Products with more than 256 rows then take up to a fifth less
-    time; for fewer rows, weights are laid out if packing_pays(). One row needs no copies.
+    time; for fewer rows, weights are laid out if packing_pays(). One row needs no copies. Inside another
+    `packed`, what that has laid out stays as it is.
     """
     product = torch.ones(1, 1) @ torch.ones(1, 1)  # of another type under autocast
     may = hasattr(torch.ops.mkldnn, "_reorder_linear_weight") and product.dtype == torch.float32

@@ -279,8 +279,8 @@ def components(mask):
     labels = padded[1:-1, 1:-1]
     labels[mask] = np.arange(1, mask.sum() + 1)
     while True:  # every pixel takes the largest label around it until nothing changes
-        across = np.maximum(np.maximum(padded[:, :-2], padded[:, 2:]), padded[:, 1:-1])[1:-1]
-        spread = np.maximum(np.maximum(padded[:-2], padded[2:])[:, 1:-1], across) * mask
+        around = padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]
+        spread = functools.reduce(np.maximum, around, labels) * mask
         if (spread == labels).all():
             break
         labels[:] = spread
