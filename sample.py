@@ -1,54 +1,44 @@
 """
 Use a trained run: paint captions, caption images, complete either, look at reconstructions, score.
 
-$ python sample.py                                  both ways on validation items -> out/samples.png
+$ python sample.py                                  both ways on validation samples -> out/samples.png
 $ python sample.py --prompt "a small red circle above a large blue square" --rerank 32
 $ python sample.py --prompts captions.txt           one caption a line
 $ python sample.py --image picture.png folder       what do the pictures show?
 $ python sample.py --image picture.png --beam 4     the likeliest captions instead of random ones
-$ python sample.py --image picture.png --prefix "there is a"                     ... that begin like this
-$ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep top rows, paint the rest
-$ python sample.py --image picture.png --variations paint what the captions say of it
+$ python sample.py --image picture.png --prefix "there is a"                     captions that begin so
+$ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep the top, paint the rest
+$ python sample.py --image picture.png --variations paint what the captions say of the picture
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
-$ python sample.py --eval --rerank 8                scores on validation data, one JSON object last
+$ python sample.py --eval                           scores on validation data, one JSON object last
 $ python sample.py --serve                          a page to play with, on http://localhost:8000
-$ python sample.py --export assets/scenes           the run as weights alone, to be used as --out_dir
+$ python sample.py --export assets/scenes           the weights of a run alone, to be used as --out_dir
 
---save_dir gets pictures, a contact sheet, samples.json (prompts, seeds, settings, scores) or scores.json, and
-with --html page.html: all of it, and the run's curves and grids. From Python, see load().
+Outputs go to --save_dir: pictures, a sheet of all of them with captions, and samples.json (prompts, seeds,
+settings, scores) or scores.json. To use a run from Python, see load().
 
-References: SSIM, Wang et al. 2004; FID, Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (pytorch-fid's
-network); BLEU, Papineni et al. 2002, ROUGE-L, Lin 2004, CIDEr-D, Vedantam et al. 2015,
+References: SSIM, Wang et al. 2004; FID, Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (with
+pytorch-fid's network); BLEU, Papineni et al. 2002; ROUGE-L, Lin 2004; CIDEr-D, Vedantam et al. 2015,
 https://arxiv.org/abs/1411.5726, as the MS-COCO caption evaluation computes them.
 """
 import base64
 import contextlib
 import copy
-import dataclasses
-import functools
 import io
 import itertools
 import json
 import math
 import os
 import re
-import select
 import signal
-import socket
-import socketserver
 import sys
 import threading
-import time
-import traceback
 from collections import Counter
-from http import HTTPStatus
+from dataclasses import asdict, dataclass, fields, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import inf
 from pathlib import Path
 from statistics import median
-
-# On Linux, big tensors lie in huge pages: an eighth of the page faults, and weights are read up to a fifth
-# faster. PyTorch looks at this when it is imported.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import numpy as np
 import torch
@@ -58,74 +48,62 @@ from torch import nn
 
 import augvae
 import data
-from biart import OTHER, BiART, BiARTConfig
+from augvae import AugVAE, build_model, fingerprint, read_checkpoint
+from biart import BiART, BiARTConfig, Sampling
 from tokenizer import Tokenizer
-from train import (GUIDANCE, STAGES, Context, Parser, TrainConfig, build_model, configure, fingerprint,
-                   load_augvae, load_checkpoint, save_checkpoint)
+from train import (GUIDANCE, Context, TrainConfig, make_config, make_settings, parse, save_checkpoint)
 
-
-@dataclasses.dataclass
+@dataclass
 class SampleConfig:
     # The run
-    out_dir: str = "out"  # the run to use, as train.py's
-    best: bool = False  # use BiART's checkpoint of the lowest validation loss, not the last
+    out_dir: str = "out"  # folder of the run, as for train.py
+    best: bool = False  # use BiART's checkpoint of the lowest validation loss instead of the last
     vae: str = ""  # AugVAE to use instead of the run's: a checkpoint of ours or a released one
-    save_dir: str = ""  # where to put what is made; empty is out_dir
-    html: bool = False  # put the run's curves and grids, the samples and the scores on one page
-    # What to do; without any of these, both directions on validation items
+    save_dir: str = ""  # folder for the outputs; empty: out_dir
+    # What to do; by default both directions on validation samples
     prompt: str = ""  # paint this caption
     prompts: str = ""  # paint the captions in this text file, one a line
     image: tuple[str, ...] = ()  # caption these image files, and all images in these folders
-    keep_rows: int = 0  # with --image: keep so many token rows and paint the rest by --prompt or --variations
+    keep_rows: int = 0  # with --image: rows of tokens to keep; --prompt or --variations paints the rest
     variations: bool = False  # with --image: paint what the captions say of it
     prefix: str = ""  # with --image: how the captions begin
     reconstruct: tuple[str, ...] = ()  # show these images, and those in folders, over their reconstructions
     eval: bool = False  # score reconstruction and both directions on validation data
-    eval_items: int = 200  # validation items to score
-    eval_pairs: int = 64  # so many of them for retrieval, each image against each caption
-    serve: bool = False  # a page to paint and caption on, at --host and --port
-    host: str = "127.0.0.1"  # serve: where to listen; others than this are open to other machines
-    port: int = 8000  # serve: where to listen; 0 takes a free one
-    export: str = ""  # put the run's weights alone into this folder, parameters as float16
-    bench: bool = False  # measure decoding of a model of 12 x 512 instead, in float32 if --dtype is auto
-    json: bool = False  # bench: print one JSON object last
+    eval_items: int = 200  # validation samples to score
+    serve: bool = False  # open a page to paint and caption on, for this machine alone
+    port: int = 8000  # of that page; 0 takes a free one
+    export: str = ""  # write the weights of the run alone into this folder, parameters as float16
+    bench: bool = False  # time decoding: of the run in --out_dir if given, else of a random model of 12 x 512
     # How to sample, in both directions
-    n: int = 8  # samples to make of each input (at most --beam); without an input, validation items to show
-    batch_size: int = 128  # samples made at a time; the results are the same
+    n: int = 8  # samples of each input; without an input, validation samples to show
+    batch_size: int = 24  # samples made at a time; they do not depend on it
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
-    top_k: int = 0  # sample from the k likeliest tokens; 0 from all
+    top_k: int = 0  # sample from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # sample from the likeliest tokens that sum to this probability
-    guidance: float = GUIDANCE  # classifier-free guidance: above 1 follows what is given closer
-    window: int = 0  # tokens a pass looks for, the same sample in fewer passes; 1: one by one, 0: the fastest
-    seed: int = 0  # of an input's first sample; others count up from it, the next input's from 1000 further
-    rerank: int = 8  # draw this many candidates an input; the n that explain it best come first; 1: as drawn
+    guidance: float = GUIDANCE  # classifier-free guidance: above 1 follows the input more closely
+    seed: int = 0  # of the first sample; samples count up from it, inputs in steps of 1000
+    rerank: int = 8  # draw so many candidates an input and show the n that explain it best; 1: as drawn
     rerank_forward: float = 0.2  # share of log p(candidate | input) in that, beside log p(input | candidate)
     beam: int = 0  # caption by a search with this many beams; 0 samples
-    length_penalty: float = 1.0  # of beams, which are ranked by log p / length ** this
+    length_penalty: float = 1.0  # beams are ranked by log p / length ** this
     # Where and how to compute
-    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto is cuda where there is one
-    dtype: str = "auto"  # float32, bfloat16 or float16 autocast; auto is what helps on the device
-    # Weights for --eval
-    fid_weights: str = ""  # file of Inception's, for FID; empty looks in torch hub's cache
-    vgg_weights: str = ""  # file of VGG-16's, for LPIPS; empty looks in torch hub's cache
-    lpips_weights: str = ""  # file of LPIPS's own; empty looks in torch hub's cache
-    download: bool = False  # fetch what --eval misses of these, hash checked; else it leaves the metric out
+    device: str = "auto"  # cpu, cuda, cuda:1, ...; auto: cuda if there is one
+    dtype: str = "auto"  # float32, bfloat16 or float16; auto: the fastest here
+    download: bool = False  # fetch the networks of FID and LPIPS for --eval if torch hub's cache lacks them
 
-    limits = {"window": "[0, 1024]", "keep_rows": "[0, inf)", "eval_items": "[1, inf)",
-              "eval_pairs": "[1, inf)", "n": "[1, 1000]", "batch_size": "[1, inf)",
-              "temperature": "[0, 1e6]", "top_k": "[0, inf)", "top_p": "(0, 1]", "guidance": "[0, 1e6]",
-              "seed": "[0, 1e18]", "rerank": "[1, 1000]", "rerank_forward": "[0, 1]", "beam": "[0, inf)",
-              "length_penalty": "[0, inf)", "port": "[0, 65535]"}
+    limits = {"keep_rows": (0, inf), "eval_items": (1, inf), "port": (0, 65535), "n": (1, 1000),
+              "batch_size": (1, inf), "temperature": (0, 1e6), "top_k": (0, inf), "top_p": (1e-6, 1),
+              "guidance": (0, 1e6), "seed": (0, 1e18), "rerank": (1, 1000), "rerank_forward": (0, 1),
+              "beam": (0, inf), "length_penalty": (0, inf)}
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
-
 # -----------------------------------------------------------------------------
-# A run, and how it is sampled in both directions
+# A run: its models, and how they are sampled
 
 def load(out_dir="out", **settings):
     """
-    A trained run, to use from Python; settings are fields of SampleConfig. Raises ValueError, a sentence,
-    where the run is incomplete or a setting out of range.
+    A trained run, to use from Python. Settings are fields of SampleConfig. Raises ValueError where the run is
+    not complete or a setting is out of range.
 
     >>> run = load("out")
     >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
@@ -133,130 +111,130 @@ def load(out_dir="out", **settings):
     >>> scores = run.score(captions[0], pictures[0])  # {"t2i": log p(image | caption), "i2t": ...}, nats
     >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)
     """
-    config, = configure(vars(SampleConfig(out_dir=out_dir, **settings)), "", SampleConfig)
-    return Run(config)
-
+    return Run(make_config(SampleConfig, vars(SampleConfig(out_dir=out_dir, **settings))))
 
 class Run:
-    """The models of a run in out_dir, and the settings by which they are sampled."""
+    """The models of a run, and the settings to sample them with."""
 
     def __init__(self, config, biart=True):
-        """Load AugVAE, which suffices for reconstructions, and, unless told not to, BiART."""
+        """Load AugVAE and, unless reconstructions are all that is wanted, BiART and its tokenizer."""
         self.config, self.save_dir = config, config.save_dir or config.out_dir
-        self.context = Context(config.device, config.dtype, wide=False)
-        path = config.vae or os.path.join(config.out_dir, "augvae_sl.pt")
-        if not os.path.exists(path):
-            raise ValueError(f"there is no checkpoint {path}: `train.py` makes those of a run")
-        self.vae = load_augvae(path).to(self.context.device)
+        self.context = Context(config.device, config.dtype)
+        vae_path = config.vae or os.path.join(config.out_dir, "augvae_sl.pt")
+        self.vae = AugVAE.load(vae_path).to(self.context.device)
         self.image_side = self.vae.config.single_level  # tokens
         if biart:
-            self.load_biart()
+            path = os.path.join(config.out_dir, "biart_best.pt" if config.best else "biart.pt")
+            checkpoint = read_checkpoint(path, "biart")
+            self.settings = checkpoint["settings"]
+            self.tokenizer = Tokenizer.load(os.path.join(config.out_dir, "tokenizer.json"))
+            if checkpoint["augvae"] != fingerprint(self.vae):
+                raise ValueError(f"{path} was trained with another AugVAE than {vae_path}")
+            if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
+                raise ValueError(f"{path} was trained with another tokenizer than that of {config.out_dir}")
+            self.biart = build_model(BiART, BiARTConfig, checkpoint, path)
+            self.biart.to(self.context.device, self.context.dtype)
 
-    def candidates(self, ref, to, n=1, indices=None, prefix=None, on_step=None):
-        """
-        The heart of all uses: generate the GEN side of inputs, look at it from both directions, and order it.
-
-        ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
-        indices: the numbers of these inputs, by which their seeds are chosen; None: 0, 1, 2, ... on_step: as
-        generate() calls it.
-        -> for each input a list of n records in the order drawn; with --rerank all of them, best first:
-        {"tokens": (n_gen,), "seed": what gives them again (None for beams), "scores": {"forward":
-        log p(candidate | input, prefix), "reverse": log p(input | candidate)}, nats}.
-        """
-        c, n = self.config, max(n, self.config.rerank)
-        prefix = ref[:, :0] if prefix is None else prefix
-        # float32 holds no less: what is below comes to the same
-        temperature, top_p = c.temperature if c.temperature > 1e-6 else 0, max(c.top_p, 1e-6)
-        with self.context.autocast():
-            if to == "text" and c.beam:
-                n, seeds = c.beam, [[None] * c.beam for _ in ref]
-                tokens, _ = self.biart.beam_search(ref, n, prefix, c.length_penalty, c.guidance)
-                tokens = tokens.flatten(0, 1)
-                forward, _ = self.biart.log_likelihood(tokens, ref, to, prefix.shape[1])
-            else:
-                seeds = [[c.seed + 1000 * i + j for j in range(n)] for i in indices or range(len(ref))]
-                tokens, forward = self.biart.generate(
-                    ref, to, n, prefix, temperature, c.top_k, top_p, c.guidance,
-                    seeds=[seed for row in seeds for seed in row], window=c.window, on_step=on_step)
-            # What was drawn more than once is judged once
-            whole = torch.cat([ref.repeat_interleave(n, 0), tokens], dim=1)
-            different, which = whole.unique(dim=0, return_inverse=True)
-            ref_side, gen_side = different.split([ref.shape[1], tokens.shape[1]], dim=1)
-            judged, _ = self.biart.log_likelihood(**{OTHER[to]: ref_side, to: gen_side}, to=OTHER[to])
-            reverse = judged[which]
-        groups, (forward, reverse) = [], (x.view(len(ref), n).tolist() for x in (forward, reverse))
-        for of_input in zip(tokens.view(len(ref), n, -1), seeds, forward, reverse):
-            group = list(zip(*of_input))
-            if c.rerank > 1 and group[0][1] is not None:  # beams are in order
-                group.sort(key=lambda candidate: self.rerank_score(*candidate[2:]), reverse=True)
-            groups.append([{"tokens": x, "seed": seed,
-                            "scores": {"forward": round(log_p, 3), "reverse": round(reverse_log_p, 3)}}
-                           for x, seed, log_p, reverse_log_p in group])
-        return groups
-
-    def rerank_score(self, forward, reverse):
-        """What --rerank orders by. By `reverse` alone, a crippled circle passes for a circle."""
-        share = self.config.rerank_forward
-        return share * forward + (1 - share) * reverse
-
-    def paint_all(self, prompts, n=1, images=None, on_step=None, choose=None):
-        """
-        Captions -> yields for each, as they get done, n records with "picture", a PIL image, and "prompt"; or
-        those that `choose` takes of the list of all. images: PIL images, one a caption, whose first
-        --keep_rows rows of tokens are kept.
-        """
-        n_kept = self.config.keep_rows * self.image_side
-        for indices in self.input_batches(len(prompts), n, "painting"):
-            text = self.tokenize([prompts[i] for i in indices])
-            prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
-            groups = [choose(group) if choose else group[:n]
-                      for group in self.candidates(text, "image", n, indices, prefix, on_step)]
-            pixels = self.decode(torch.stack([record["tokens"] for group in groups for record in group]))
-            pictures = map(data.to_image, pixels)
-            for i, group in zip(indices, groups):
-                yield [{"picture": next(pictures), "prompt": prompts[i], **record} for record in group]
-
-    def caption_all(self, images, n=1, on_step=None, choose=None):
-        """PIL images -> yields for each, as paint_all(), records with "caption" and "picture", as encoded."""
-        ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
-        if len(ids) >= n_text:
-            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
-        for indices in self.input_batches(len(images), n, "captioning"):
-            codes, pixels = self.encode([images[i] for i in indices])
-            prefix = codes.new_tensor(ids).expand(len(indices), -1)
-            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix, on_step)):
-                yield [{"picture": data.to_image(x),
-                        "caption": self.tokenizer.decode(record["tokens"].tolist()).strip(), **record}
-                       for record in (choose(group) if choose else group[:n])]
-
-    def input_batches(self, count, n, task):
-        """Numbers of inputs, 0 ... count - 1, so many at a time that n samples of each fit --batch_size."""
-        drawn = max(n, self.config.rerank, self.config.beam)
-        return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
-
-    # From Python, one input at a time; settings of SampleConfig hold for this call
     def paint(self, prompt, n=1, image=None, **settings):
-        """A caption -> n PIL images; of `image`, a PIL image, the first keep_rows rows of tokens are kept."""
+        """A caption -> n PIL images. They keep the first keep_rows rows of tokens of `image`, a PIL image."""
         run, images = self.with_settings(**settings), [image] if image else None
         run.check_kept(images)
         return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
 
     def caption(self, image, n=1, **settings):
         """A PIL image -> n captions."""
-        return [record["caption"] for record in next(self.with_settings(**settings).caption_all([image], n))]
+        run = self.with_settings(**settings)
+        return [record["caption"] for record in next(run.caption_all([image], n))]
 
     def score(self, caption, image):
         """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
         text, (codes, _) = self.tokenize([caption]), self.encode([image])
         with self.context.autocast():
-            return {direction: self.biart.log_likelihood(text, codes, to)[0].item()
-                    for direction, to in (("t2i", "image"), ("i2t", "text"))}
+            return {"t2i": self.biart.log_likelihood(text, codes, "image")[0].item(),
+                    "i2t": self.biart.log_likelihood(text, codes, "text")[0].item()}
+
+    def paint_all(self, prompts, n=1, images=None, on_token=None, choose=None):
+        """
+        Captions -> for each, one after the other, a list of n records, best first: {"picture": PIL image,
+        "prompt", and what candidates() says}. images: PIL images, one a caption, of which --keep_rows rows
+        are kept. choose: a function that picks records from all candidates instead of the best n.
+        """
+        n_kept = self.config.keep_rows * self.image_side
+        for indices in self.input_batches(len(prompts), n, "painting"):
+            text = self.tokenize([prompts[i] for i in indices])
+            prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
+            for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix, on_token)):
+                group = choose(group) if choose else group[:n]
+                pixels = self.decode(torch.stack([record["tokens"] for record in group]))
+                yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
+                       for x, record in zip(pixels, group)]
+
+    def caption_all(self, images, n=1, on_token=None, choose=None):
+        """PIL images -> as paint_all(), with "caption" instead of "prompt"."""
+        ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
+        if len(ids) >= n_text:
+            raise ValueError(f"--prefix has {len(ids)} tokens, and a whole caption at most {n_text}")
+        for indices in self.input_batches(len(images), n, "captioning"):
+            codes, pixels = self.encode([images[i] for i in indices])
+            prefix = codes.new_tensor(ids).expand(len(indices), -1)
+            for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix, on_token)):
+                group = choose(group) if choose else group[:n]
+                yield [{"picture": data.to_image(x), **record,
+                        "caption": self.tokenizer.decode(record["tokens"].tolist()).strip()}
+                       for record in group]
+
+    def candidates(self, ref, to, n, indices, prefix=None, on_token=None):
+        """
+        Generate, judge and rank: all uses come down to this.
+
+        ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
+        indices: the numbers of these inputs, for the seeds.
+        -> for each input a list of at least n records, best first (as drawn with --rerank 1): {"tokens":
+        (n_gen,), "seed": None for beams, "scores": {"forward": log p(candidate | input), "reverse":
+        log p(input | candidate)}, nats}.
+        """
+        c = self.config
+        prefix = ref[:, :0] if prefix is None else prefix
+        searching = to == "text" and c.beam > 0
+        n = c.beam if searching else max(n, c.rerank)
+        repeated = ref.repeat_interleave(n, 0)
+        with self.context.autocast():
+            if searching:
+                seeds = [None] * len(repeated)
+                tokens = self.biart.beam_search(ref, n, prefix, c.length_penalty, c.guidance)[0].flatten(0, 1)
+                forward, _ = self.biart.log_likelihood(tokens, repeated, "text", prefix.shape[1])
+            else:
+                seeds = [c.seed + 1000 * i + j for i in indices for j in range(n)]
+                temperature = c.temperature if c.temperature > 1e-6 else 0  # less would overflow
+                sampling = Sampling(temperature, c.top_k, c.top_p, c.guidance)
+                tokens, forward = self.biart.generate(ref, to, n, prefix, sampling, seeds, on_token)
+            if to == "image":
+                reverse, _ = self.biart.log_likelihood(repeated, tokens, "text")
+            else:
+                reverse, _ = self.biart.log_likelihood(tokens, repeated, "image")
+        records = [{"tokens": row, "seed": seed, "scores": {"forward": round(f, 3), "reverse": round(r, 3)}}
+                   for row, seed, f, r in zip(tokens, seeds, forward.tolist(), reverse.tolist())]
+        groups = [records[i:i + n] for i in range(0, len(records), n)]
+        if c.rerank > 1 and not searching:
+            for group in groups:
+                group.sort(key=self.rerank_score, reverse=True)
+        return groups
+
+    def rerank_score(self, record):
+        """What --rerank orders by. By `reverse` alone, a crippled circle would pass for a circle."""
+        share, scores = self.config.rerank_forward, record["scores"]
+        return share * scores["forward"] + (1 - share) * scores["reverse"]
+
+    def input_batches(self, count, n, task):
+        """The inputs' numbers, 0 ... count - 1, as many at a time as --batch_size allows."""
+        drawn = max(n, self.config.rerank, self.config.beam)
+        return data.progress(range(count), max(1, self.config.batch_size // drawn), task)
 
     def check_kept(self, images):
-        """Raises ValueError unless there are images to complete, and --keep_rows fits, or neither."""
+        """Raises ValueError unless images to complete and --keep_rows go together."""
         kept, side = self.config.keep_rows, self.image_side
         if bool(images) != bool(kept):
-            raise ValueError("an image to complete and keep_rows, how many rows of it to keep, go together")
+            raise ValueError("an image to complete needs keep_rows, and the other way round")
         if kept >= side:
             raise ValueError(f"--keep_rows {kept} is not in 1 to {side - 1}, of {side} rows of tokens")
 
@@ -265,57 +243,49 @@ class Run:
         return data.crop_to_tensor(image.convert("RGB"), self.vae.config.image_size)
 
     def encode(self, images):
-        """PIL images -> codes LongTensor (B, n), finest grid first; what was encoded (B, 3, size, size)."""
+        """PIL images -> codes LongTensor (B, n), finest grid first, and the crops (B, 3, size, size)."""
         pixels = torch.stack([self.crop(image) for image in images]).to(self.context.device)
         with self.context.autocast():
             return torch.cat([grid.flatten(1) for grid in self.vae.encode(pixels)], 1), pixels
 
     def decode(self, codes):
-        """Codes (B, n), as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
+        """Codes (B, n) as encode() gives them -> images (B, 3, size, size) in [-1, 1]."""
         sides = self.vae.config.grids
-        flat = codes.split([side ** 2 for side in sides], dim=1)
+        grids = codes.split([side ** 2 for side in sides], dim=1)
         with self.context.autocast():
-            return self.vae.decode([grid.unflatten(1, (s, s)) for grid, s in zip(flat, sides)]).float()
+            return self.vae.decode([grid.view(-1, side, side) for grid, side in zip(grids, sides)]).float()
 
     def tokenize(self, captions):
-        """Captions -> LongTensor (B, n_text); says so where one is cut."""
-        n_text = self.biart.config.n_text
-        rows = [self.tokenizer.encode_padded(caption, n_text) for caption in captions]
-        for ids, cut in rows:
+        """Captions -> LongTensor (B, n_text). Says where one is cut."""
+        n_text, rows = self.biart.config.n_text, []
+        for caption in captions:
+            ids, cut = self.tokenizer.encode_padded(caption, n_text)
+            rows.append(ids)
             if cut:
                 print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to "
                       f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
-        return torch.tensor([ids for ids, _ in rows], device=self.context.device)
-
-    def load_biart(self):
-        """BiART and the tokenizer. Raises ValueError where they belong to another run."""
-        c = self.config
-        path = os.path.join(c.out_dir, "biart_best.pt" if c.best else "biart.pt")
-        checkpoint = load_checkpoint(path, "biart")
-        self.settings = checkpoint["settings"]
-        self.tokenizer = Tokenizer.load(os.path.join(c.out_dir, "tokenizer.json"))
-        if checkpoint["augvae"] != fingerprint(self.vae):
-            raise ValueError(f"{path} was trained with another augvae than the one in {c.vae or c.out_dir}")
-        if checkpoint["tokenizer"] != self.tokenizer.fingerprint():
-            raise ValueError(f"{path} was trained with another tokenizer than the one in {c.out_dir}")
-        biart = build_model(BiART, BiARTConfig, checkpoint, path)
-        self.biart = biart.to(self.context.device, self.context.dtype)
+        return torch.tensor(rows, device=self.context.device)
 
     def with_settings(self, **settings):
-        """The same models, sampled by other settings. What they were loaded by (device, ...) stays."""
+        """The same models with other sampling settings. The device stays the same."""
         other = copy.copy(self)
-        other.config, = configure(vars(dataclasses.replace(self.config, **settings)), "", SampleConfig)
+        other.config = make_config(SampleConfig, vars(replace(self.config, **settings)))
         return other
 
+    def examples(self):
+        """Prompts for the page: of built-in scenes with things never seen."""
+        if make_settings(self.settings, "biart").data.data != "scenes":
+            return []
+        scenes = data.Scenes("heldout", 4)
+        return [scenes.captions(i)[0] for i in range(len(scenes))]
 
 # -----------------------------------------------------------------------------
-# Uses: what is read, what is made of it, what is written
+# Files in, files out
 
 def read_images(run, paths):
     """
-    Image files, and folders of them by name -> records {"image": path, "picture": PIL image, as the models
-    take it}. A folder's unreadable images are passed over with a warning. Raises ValueError for a file that
-    is no image, and for a folder without one.
+    Image files and folders -> records {"image": path, "picture": PIL image, as the models take it}. In a
+    folder, unreadable images are left out with a warning. ValueError for others and for an empty folder.
     """
     records = []
     for path in paths:
@@ -333,14 +303,13 @@ def read_images(run, paths):
             raise ValueError(f"there is no image in the folder {path}")
     return records
 
-
-def save_samples(run, name, groups, columns):
+def save_samples(run, name, rows, columns):
     """
-    Write lists of records that belong together: each picture, as it comes, as {name}_{i}.png; what is known
-    of them in samples.json; all of them, words below, on {name}.png, past 64 rows on {name}_sheet_2.png, ...
+    Write records: each picture, as soon as it is there, to {name}_{i}.png; what is known of them to
+    samples.json; and all of them over their captions to sheets, {name}.png, {name}_sheet_2.png, ...
     """
     entries = []
-    for record in itertools.chain.from_iterable(groups):
+    for record in itertools.chain.from_iterable(rows):
         file = f"{name}_{len(entries)}.png"
         path = os.path.join(run.save_dir, file)
         record["picture"].save(path)
@@ -348,133 +317,134 @@ def save_samples(run, name, groups, columns):
         entries.append({"file": file, **known})
         print(f"{record.get('image', path)}: {label(record)}")
     save_json(run, "samples", entries)
-    for page, start in enumerate(range(0, len(entries), 64 * columns), 1):
-        sheet = entries[start:start + 64 * columns]
-        pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in sheet]
-        path = os.path.join(run.save_dir, f"{name}_sheet_{page}.png" if page > 1 else f"{name}.png")
-        data.contact_sheet(pictures, [label(entry) for entry in sheet], columns).save(path)
+    on_sheet = 64 * columns
+    for start in range(0, len(entries), on_sheet):
+        shown = entries[start:start + on_sheet]
+        pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in shown]
+        path = f"{name}.png" if start == 0 else f"{name}_sheet_{start // on_sheet + 1}.png"
+        path = os.path.join(run.save_dir, path)
+        data.contact_sheet(pictures, [label(entry) for entry in shown], columns).save(path)
         print(f"wrote {path}")
 
-
-def save_json(run, name, made):
-    """{name}.json: what was made, and by which settings."""
+def save_json(run, name, content):
+    """{name}.json: the content, and the settings that made it."""
     with open(os.path.join(run.save_dir, f"{name}.json"), "w", encoding="utf-8") as f:
-        json.dump({"settings": dataclasses.asdict(run.config), name: made}, f, indent=1, ensure_ascii=False)
-
+        json.dump({"settings": asdict(run.config), name: content}, f, indent=1, ensure_ascii=False)
 
 def label(record):
     """The words under a picture."""
-    return (f"paint: {record['prompt']}" if "prompt" in record else
-            f"it says: {record['caption']}" if "caption" in record else record["image"])
-
+    if "prompt" in record:
+        return f"paint: {record['prompt']}"
+    if "caption" in record:
+        return f"it says: {record['caption']}"
+    return record["image"]
 
 def sheet_columns(group_size):
-    """How wide a sheet is: where it can be, so that each group of pictures is a row."""
+    """Pictures side by side: those of one input, if they are 2 to 16."""
     return group_size if 2 <= group_size <= 16 else 8
 
-
-def reconstructions(run, shown):
-    """read_images()'s records -> yields rows: the images, and below them what their tokens keep of them."""
+def reconstruct(run, paths):
+    """Images over what their tokens keep of them."""
+    shown, rows = read_images(run, paths), []
     for row in data.progress(shown, 8, "reconstruction"):
-        codes, _ = run.encode([record["picture"] for record in row])
-        yield row
-        yield [{"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}
-               for record, x in zip(row, run.decode(codes))]
+        decoded = run.decode(run.encode([record["picture"] for record in row])[0])
+        rows += [row, [{"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}
+                       for record, x in zip(row, decoded)]]
+    save_samples(run, "reconstructed", rows, min(8, len(shown)))
 
-
-def save_captions(run, shown):
-    """n captions of each image."""
-    n = min(run.config.n, run.config.beam or run.config.n)
+def caption_files(run):
+    """--image: n captions of each image."""
+    shown, n = read_images(run, run.config.image), run.config.n
     captioned = run.caption_all([record["picture"] for record in shown], n)
-    groups = ([{**image, **record} for record in group] for image, group in zip(shown, captioned))
-    save_samples(run, "captioned", groups, sheet_columns(n))
+    rows = ([{**image, **record} for record in group] for image, group in zip(shown, captioned))
+    save_samples(run, "captioned", rows, sheet_columns(min(n, run.config.beam or n)))
 
-
-def save_repaintings(run, shown):
-    """Each image, then n more that begin with its first rows: painted by --prompt, or by its captions."""
-    c, n, images = run.config, run.config.n, [record["picture"] for record in shown]
+def repaint_files(run):
+    """--image with --prompt or --variations: each image, then n pictures that begin with its first rows."""
+    c, shown = run.config, read_images(run, run.config.image)
+    images, n = [record["picture"] for record in shown], c.n
     if c.keep_rows:
         run.check_kept(images)
-    prompts, n_each = [c.prompt] * len(images), n
     if c.variations:
-        n, n_each = min(n, c.beam or n), 1
-        prompts = [record["caption"] for group in run.caption_all(images, n) for record in group]
-        images = [image for image in images for _ in range(n)]
-    painted = itertools.chain.from_iterable(run.paint_all(prompts, n_each, images))
-    groups = ([record, *itertools.islice(painted, n)] for record in shown)
-    save_samples(run, "repainted", groups, sheet_columns(n + 1))
+        captioned = list(run.caption_all(images, n))
+        n = len(captioned[0])  # --beam may find fewer
+        prompts = [record["caption"] for group in captioned for record in group]
+        painted = run.paint_all(prompts, 1, [image for image in images for _ in range(n)])
+    else:
+        painted = run.paint_all([c.prompt] * len(images), n, images)
+    painted = [record for group in painted for record in group]
+    rows = [[record, *painted[i * n:(i + 1) * n]] for i, record in enumerate(shown)]
+    save_samples(run, "repainted", rows, sheet_columns(n + 1))
 
+def paint_prompts(run):
+    """--prompt or --prompts: n pictures of each caption."""
+    c, prompts = run.config, [run.config.prompt]
+    if c.prompts:
+        prompts = data.decode_captions(Path(c.prompts).read_bytes(), c.prompts)
+    save_samples(run, "painted", run.paint_all(prompts, c.n), sheet_columns(c.n))
 
-def save_both_directions(run, dataset):
-    """Validation items: what is painted of a caption of each, over what is said of its image."""
+def show_both_directions(run, dataset):
+    """Validation samples: rows painted from their captions, over rows of their images, captioned."""
     items, columns = range(len(dataset)), min(8, len(dataset))
     references = [dataset.captions(i) for i in items]
-    painted = [record for record, in run.paint_all([captions[0] for captions in references])]
-    captioned = [{"references": captions, **record} for captions, (record,) in
-                 zip(references, run.caption_all([dataset.image(i) for i in items]))]
-    rows = [records[i:i + columns] for i in items[::columns] for records in (painted, captioned)]
+    painted = [group[0] for group in run.paint_all([captions[0] for captions in references])]
+    captioned = [group[0] for group in run.caption_all([dataset.image(i) for i in items])]
+    for record, captions in zip(captioned, references):
+        record["references"] = captions
+    rows = []
+    for start in range(0, len(items), columns):
+        rows += [painted[start:start + columns], captioned[start:start + columns]]
     save_samples(run, "samples", rows, columns)
-
 
 # -----------------------------------------------------------------------------
 # Metrics of pictures
 
 def psnr(x, y):
-    """Images (B, 3, H, W) in [0, 1], twice -> dB (B,), at most 100."""
+    """Images (B, 3, H, W) in [0, 1], twice -> peak signal-to-noise ratio (B,), dB, at most 100."""
     return -10 * (x - y).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
-
 
 def l1(x, y):
     """Images (B, 3, H, W) in [0, 1], twice -> mean absolute difference (B,)."""
     return (x - y).abs().mean((1, 2, 3))
 
-
-def ssim(x, y, sample_covariance=False):
-    """
-    Images (B, C, H, W) in [0, 1], twice, 11 pixels or more -> structural similarity (B,) in Gaussian windows
-    of 11 x 11, sigma 1.5, as in Wang et al. 2004. sample_covariance divides by N - 1, scikit-image's default.
-    """
-    B, device = len(x), "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs lack float64
-    x, y = (z.to(device).double().flatten(0, 1)[:, None] for z in (x, y))  # (B * C, 1, H, W)
+def ssim(x, y):
+    """Images (B, C, H, W) in [0, 1], twice, 11 pixels or more -> structural similarity (B,), at most 1."""
+    device = "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
+    x, y = x.to(device).double(), y.to(device).double()
+    # a Gaussian window, sigma 1.5, as in Wang et al. 2004
     window = torch.exp(-torch.arange(-5, 6, device=device).double().square() / (2 * 1.5 ** 2))
-    window = torch.outer(window, window)[None, None] / window.sum() ** 2
-    mx, my, xx, yy, xy = (F.conv2d(z, window) for z in (x, y, x * x, y * y, x * y))
-    norm = 121 / 120 if sample_covariance else 1
-    vx, vy, vxy = norm * (xx - mx * mx), norm * (yy - my * my), norm * (xy - mx * my)
+    window = (torch.outer(window, window) / window.sum() ** 2).expand(x.shape[1], 1, 11, 11)
+    mx, my, xx, yy, xy = (F.conv2d(z, window, groups=len(window)) for z in (x, y, x * x, y * y, x * y))
+    vx, vy, vxy = xx - mx * mx, yy - my * my, xy - mx * my  # variances and covariance
     c1, c2 = 0.01 ** 2, 0.03 ** 2
     index = (2 * mx * my + c1) * (2 * vxy + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
-    return index.view(B, -1).mean(1)
+    return index.mean((1, 2, 3))
 
-
-# Name in torch hub's cache, how its SHA-256 hash begins, address
+# Name in torch hub's cache, first digits of the SHA-256 hash, address
 FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.com/mseitzer/pytorch-fid/"
             "releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth")
 
-
 class FIDInception(nn.Module):
-    """
-    FID's network: PIL images of one size -> features (B, 2048). It is torchvision's Inception v3 but for its
-    pooling branches: averages leave out padding, the last block takes a maximum. `path` holds its weights.
-    """
+    """FID's network, PIL images of one size -> features (B, 2048): Inception v3 with other pooling."""
 
-    def __init__(self, path):
+    def __init__(self, download=True):
         super().__init__()
-        from torchvision.models import inception_v3  # here, because nothing else needs it
+        from torchvision.models import inception_v3  # imported here because nothing else needs it
+        path = augvae.find_weights(*FID_FILE, download)
         net = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False)
-        try:
-            net.load_state_dict(augvae.safe_load(path))
-        except (RuntimeError, TypeError):  # other names, shapes or things
-            raise ValueError(f"{path} does not hold FID's Inception, {FID_FILE[0]}") from None
+        net.load_state_dict(augvae.safe_load(path))
         for block in net.children():
             if hasattr(block, "branch_pool"):
-                block.register_forward_hook(self.pool_anew)
+                block.register_forward_hook(self.replace_pooling)
         net.fc = nn.Identity()
         self.net = net.eval().requires_grad_(False)
 
-    def pool_anew(self, block, inputs, output):
-        """A block's output with its last branch, of branch_pool's channels, computed behind FID's pooling."""
-        pooled = (F.max_pool2d(*inputs, 3, stride=1, padding=1) if block is self.net.Mixed_7c else
-                  F.avg_pool2d(*inputs, 3, stride=1, padding=1, count_include_pad=False))
+    def replace_pooling(self, block, inputs, output):
+        """Compute a block's last branch again: with averages that leave out the padding, or a maximum."""
+        if block is self.net.Mixed_7c:
+            pooled = F.max_pool2d(inputs[0], 3, stride=1, padding=1)
+        else:
+            pooled = F.avg_pool2d(inputs[0], 3, stride=1, padding=1, count_include_pad=False)
         branch = block.branch_pool(pooled)
         return torch.cat([output[:, :-branch.shape[1]], branch], dim=1)
 
@@ -487,689 +457,460 @@ class FIDInception(nn.Module):
             features.append(self.net(2 * x - 1).cpu())
         return torch.cat(features)
 
-
 def frechet_distance(x, y):
     """
-    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)), C the
-    covariance. As C = R'R, with the R of the centred features' QR decomposition, the last trace is the sum of
-    the singular values of R_x R_y': no root of a matrix, and exact where N < D, too.
+    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)).
+    The QR decomposition of centred features gives their covariance C = R'R, and the last trace is the sum of
+    the singular values of R_x R_y'. This needs no matrix square root, and is exact where N < D, too.
     """
     if min(len(x), len(y)) < 2:
-        raise ValueError(f"FID is between two sets of at least 2 images, not {len(x)} and {len(y)}")
-    (mx, rx), (my, ry) = ((z.mean(0), torch.linalg.qr((z - z.mean(0)) / (len(z) - 1) ** 0.5).R)
-                          for z in (x.double(), y.double()))
+        raise ValueError(f"FID needs two sets of at least 2 images, not {len(x)} and {len(y)}")
+    x, y = x.double(), y.double()
+    rx = torch.linalg.qr((x - x.mean(0)) / (len(x) - 1) ** 0.5).R
+    ry = torch.linalg.qr((y - y.mean(0)) / (len(y) - 1) ** 0.5).R
     root = torch.linalg.svdvals(rx @ ry.T).sum()
-    return ((mx - my).square().sum() + rx.square().sum() + ry.square().sum() - 2 * root).item()
-
+    return ((x.mean(0) - y.mean(0)).square().sum() + rx.square().sum() + ry.square().sum() - 2 * root).item()
 
 # -----------------------------------------------------------------------------
-# Metrics of captions
+# Metrics of captions. `captions` are lists of words, `references` holds for each a list of such lists.
 
 ABBREVIATION = r"(?:mr|mrs|ms|dr|st|vs|etc|ave|no)\.|(?:[^\W\d_]\.){2,}"
 ENDING = r"'(?:s|m|d|re|ve|ll)\b"
 WORD = re.compile(rf"{ABBREVIATION}|{ENDING}|\d+(?:[.,:]\d+)+|[#@]?\w+(?:[-/.']+\w+)*|[^\w\s]")
 PUNCTUATION = set(".,:;?!-'\"`()[]{}…–—“”‘")
 
-
 def caption_words(caption):
     """
-    A caption as words by the MS-COCO convention, the Penn Treebank's in lower case, without punctuation:
+    The words of a caption by the MS-COCO convention: the Penn Treebank's, in lower case, without punctuation.
     "A dog's t-shirt isn't here!" -> ["a", "dog", "'s", "t-shirt", "is", "n't", "here"]
-    (COCO's tool means to drop brackets but lets them through as "-lrb-"; here they are dropped.)
     """
     text = caption.lower().replace("’", "'")
     text = re.sub(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:gim|lem)(?=me\b))", r"\1 ", text)
     text = re.sub(rf"(?<=\w)(n't\b|{ENDING})", r" \1", text)
     return [word for word in WORD.findall(text) if word not in PUNCTUATION]
 
-
-def ngrams(words):
-    """All runs of one to four words, counted."""
-    return Counter(tuple(words[i:i + n]) for n in range(1, 5) for i in range(len(words) - n + 1))
-
+def ngrams(words, n):
+    """Count all runs of n words."""
+    return Counter(tuple(words[i:i + n]) for i in range(len(words) - n + 1))
 
 def bleu(captions, references):
-    """
-    Corpus BLEU-1 ... BLEU-4. captions: each a list of words; references: for each caption a list of such
-    lists. A caption's reference length is that of the reference nearest in length.
-    """
-    matched, total, length, reference_length = [0] * 4, [0] * 4, 0, 0
+    """Corpus BLEU-1 to BLEU-4. A caption's length is compared with the reference nearest in length."""
+    logs, length, reference_length = [], sum(len(words) for words in captions), 0
+    for n in range(1, 5):
+        matched, total = 0, 0
+        for words, others in zip(captions, references):
+            found, allowed = ngrams(words, n), Counter()
+            for other in others:
+                allowed |= ngrams(other, n)  # the larger count of each n-gram
+            matched += sum((found & allowed).values())  # the smaller count
+            total += sum(found.values())
+        logs.append(math.log((matched + 1e-15) / (total + 1e-9)))
     for words, others in zip(captions, references):
-        allowed = Counter()  # an n-gram counts as often as the reference that has most of it
-        for other in others:
-            allowed |= ngrams(other)
-        for gram, count in ngrams(words).items():
-            matched[len(gram) - 1] += min(count, allowed[gram])
-            total[len(gram) - 1] += count
-        length += len(words)
-        reference_length += min((abs(len(other) - len(words)), len(other)) for other in others)[1]
+        differences = [len(other) - len(words) for other in others]
+        reference_length += len(words) + min(differences, key=lambda d: (abs(d), d))
     brevity = math.exp(min(0, 1 - (reference_length + 1e-9) / (length + 1e-15)))
-    logs = [math.log((m + 1e-15) / (t + 1e-9)) for m, t in zip(matched, total)]
     return [brevity * math.exp(sum(logs[:n]) / n) for n in range(1, 5)]
-
 
 def common_length(a, b):
     """Length of the longest common subsequence of two lists of words."""
-    best = [0] * (len(b) + 1)  # of the words of a so far and b[:j]
+    best = [0] * (len(b) + 1)  # best[j]: of b[:j] and the words of a so far
     for word in a:
         before = best.copy()
         for j, other in enumerate(b):
             best[j + 1] = before[j] + 1 if word == other else max(before[j + 1], best[j])
     return best[-1]
 
-
 def rouge_l(captions, references):
-    """Mean over captions of the longest common subsequence's F-measure (beta 1.2); lists as for bleu()."""
+    """ROUGE-L: the mean F-measure (beta 1.2) of the longest common subsequence."""
     total = 0.0
     for words, others in zip(captions, references):
         words, others = words or [""], [other or [""] for other in others]
         lengths = [common_length(words, other) for other in others]
         precision = max(lengths) / len(words)
-        recall = max(n / len(other) for n, other in zip(lengths, others))
+        recall = max(length / len(other) for length, other in zip(lengths, others))
         if precision and recall:
             total += (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision)
     return total / len(captions)
 
-
 def cider_d(captions, references):
-    """
-    CIDEr-D, 0 to 10; lists of words as for bleu(). Document frequencies are those of these references, so the
-    score is of the set as a whole, and 0 for a single image.
-    """
-    documents = Counter(gram for others in references for gram in set().union(*map(ngrams, others)))
+    """CIDEr-D, 0 to 10. An n-gram counts less, the more images have it in references; one image scores 0."""
+    documents, total = Counter(), 0.0  # images in whose references an n-gram occurs
+    for others in references:
+        documents.update({gram for other in others for n in range(1, 5) for gram in ngrams(other, n)})
 
-    def tf_idf(words):
-        """-> for n = 1 ... 4 {n-gram: weight}, and the norm of this vector."""
-        vectors = [{} for _ in range(4)]
-        for gram, count in ngrams(words).items():
-            weight = count * (math.log(len(captions)) - math.log(max(1, documents[gram])))
-            vectors[len(gram) - 1][gram] = weight
-        return [(vector, math.sqrt(sum(v * v for v in vector.values()))) for vector in vectors]
+    def tf_idf(words, n):
+        return {gram: count * (math.log(len(captions)) - math.log(max(1, documents[gram])))
+                for gram, count in ngrams(words, n).items()}
 
-    total = 0.0
     for words, others in zip(captions, references):
-        found = tf_idf(words)
         for other in others:
-            # the reference package counts bigrams, so an empty caption is as long as one word
-            penalty = math.exp(-(max(1, len(words)) - max(1, len(other))) ** 2 / (2 * 6.0 ** 2))
-            for (x, x_norm), (y, y_norm) in zip(found, tf_idf(other)):
-                product = sum(min(v, y[gram]) * y[gram] for gram, v in x.items() if gram in y)
-                total += 10 / 4 * penalty * product / (x_norm * y_norm or 1) / len(others)
+            # the reference implementation counts bigrams: an empty caption is as long as one word
+            difference = max(1, len(words)) - max(1, len(other))
+            penalty = math.exp(-difference ** 2 / (2 * 6.0 ** 2))
+            for n in range(1, 5):
+                x, y = tf_idf(words, n), tf_idf(other, n)
+                product = sum(min(x[gram], y[gram]) * y[gram] for gram in x if gram in y)
+                norm = math.hypot(*x.values()) * math.hypot(*y.values())
+                total += 10 / 4 * penalty * product / (norm or 1) / len(others)
     return total / len(captions)
 
-
 def caption_scores(captions, references):
-    """Captions, and for each a list of right ones -> {"bleu1", ... "bleu4", "rouge_l", "cider_d"}."""
+    """Captions, and for each a list of right ones, texts -> {"bleu1", ... "bleu4", "rouge_l", "cider_d"}."""
     captions = [caption_words(caption) for caption in captions]
     references = [[caption_words(other) for other in others] for others in references]
-    return {**{f"bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)},
-            "rouge_l": rouge_l(captions, references), "cider_d": cider_d(captions, references)}
-
+    scores = {f"bleu{n}": value for n, value in enumerate(bleu(captions, references), 1)}
+    return {**scores, "rouge_l": rouge_l(captions, references), "cider_d": cider_d(captions, references)}
 
 # -----------------------------------------------------------------------------
 # Scores of a run
 
-def load_metric(run, network, **files):
-    """A metric's network, by its files {flag: name, hash and address}; None, said, where one is missing."""
-    c = run.config
-    paths = [augvae.find_weights(flag, getattr(c, flag), *file, c.download) for flag, file in files.items()]
-    if all(paths):
-        return network(*paths).to(run.context.device)
-    print(f"{network.__name__} is left out, as its weights are not in torch hub's cache: "
-          f"give them by {' and '.join(f'--{flag}' for flag in files)}, or --download")
-
+RETRIEVAL_PAIRS = 64  # images for retrieval, each scored with each caption
 
 def evaluate(run, val, heldout):
-    """
-    Score on --eval_items of each data set -> all scores below by name, which scores.json gets, too. Those of
-    `heldout`, the built-in scenes' split of things never seen (or None), have "_heldout" behind their names.
-    """
-    inception = load_metric(run, FIDInception, fid_weights=FID_FILE)
-    val, unseen = (part and data.validation_subset(part, run.config.eval_items) for part in (val, heldout))
+    """Score a run on validation data, and on kinds of scenes never seen (or None) -> all scores by name."""
+    inception = load_metric(run, FIDInception)
+    val = data.validation_subset(val, run.config.eval_items)
     scores = {**reconstruction_scores(run, val, inception), **likelihood_scores(run, val),
               **generation_scores(run, val, inception)}
-    if unseen:
-        found = generation_scores(run, unseen, inception)
-        scores.update({f"{name}_heldout": value for name, value in found.items()})
+    if heldout:
+        heldout = data.validation_subset(heldout, run.config.eval_items)
+        for name, value in generation_scores(run, heldout, inception).items():
+            scores[f"{name}_heldout"] = value
     scores = {name: round(value, 4) for name, value in scores.items()}
     save_json(run, "scores", scores)
     return scores
 
+def load_metric(run, network):
+    """-> a metric's network on the run's device, or None, with a message, where its weights are missing."""
+    try:
+        return network(download=run.config.download).to(run.context.device)
+    except OSError as error:
+        if run.config.download:
+            raise
+        print(f"{network.__name__} is left out: {error}")
 
 def reconstruction_scores(run, val, inception=None):
-    """
-    -> {"psnr" (dB), "ssim", "l1" (of 0 to 1)}, "lpips" and "rfid" where there are weights, means over images;
-    "codebook_use", the share of codes in use, and their "perplexity".
-    """
+    """-> "psnr", "ssim", "l1", "lpips" and "rfid" where there are weights; "codebook_use", "perplexity"."""
+    lpips = load_metric(run, augvae.LPIPS)
     metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
-    lpips = load_metric(run, augvae.LPIPS, vgg_weights=augvae.VGG_FILE, lpips_weights=augvae.LPIPS_FILE)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
-    values, pictures = {name: [] for name in metrics}, ([], [])
+    totals, originals, reconstructions = dict.fromkeys(metrics, 0.0), [], []
     counts = torch.zeros(run.vae.config.codebook_size)
     for indices in data.progress(range(len(val)), 50, "reconstruction"):
-        codes, originals = run.encode([val.image(i) for i in indices])
-        reconstructed = run.decode(codes)
+        codes, pixels = run.encode([val.image(i) for i in indices])
+        decoded = run.decode(codes)
         for name, metric in metrics.items():
-            values[name] += metric((originals + 1) / 2, (reconstructed + 1) / 2).tolist()
+            totals[name] += metric((pixels + 1) / 2, (decoded + 1) / 2).sum().item()
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
-        for kept, pixels in zip(pictures, (originals, reconstructed)):
-            kept += map(data.to_image, pixels)
-    scores = {name: sum(of_images) / len(of_images) for name, of_images in values.items()}
+        originals += [data.to_image(image) for image in pixels]
+        reconstructions += [data.to_image(image) for image in decoded]
+    scores = {name: total / len(val) for name, total in totals.items()}
     if inception:
-        scores["rfid"] = frechet_distance(*map(inception, pictures))
+        scores["rfid"] = frechet_distance(inception(originals), inception(reconstructions))
     scores["codebook_use"], scores["perplexity"] = augvae.codebook_use(counts)
     return scores
 
-
 def likelihood_scores(run, val):
     """
-    -> "t2i_bits", "i2t_bits": bits per generated token on one caption an image; "..._recall1", "..._recall5",
-    of the first --eval_pairs of them: how often the right one of all images is among the one or five that
-    explain a text best, by log p(text | image) (t2i), and the right text among those that explain an image.
+    -> "t2i_bits", "i2t_bits": bits per generated token; "t2i_recall1", "t2i_recall5": how often the right
+    image is among the one or five that explain a caption best, by log p(caption | image); "i2t_recall1",
+    "i2t_recall5": the same of the captions that explain an image.
     """
     text = run.tokenize(data.one_caption_each([val.captions(i) for i in range(len(val))]))
     image = torch.cat([run.encode([val.image(i) for i in indices])[0]
                        for indices in data.progress(range(len(val)), 50, "encoding")])
-    sides, scores, n = {"text": text, "image": image}, {}, run.config.eval_pairs
+    sides, scores = {"text": text, "image": image}, {}
     for direction, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
         with run.context.autocast():
-            log_p, n_tokens = run.biart.log_likelihood(**sides, to=answer)
+            log_p, n_tokens = run.biart.log_likelihood(text, image, to=answer)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
-        queries, table = sides[query][:n], []  # log p(query | answer), a row an answer
-        for answers in data.progress(sides[answer][:n], 8, f"retrieval of {answer}"):
+        queries, answers = sides[query][:RETRIEVAL_PAIRS], sides[answer][:RETRIEVAL_PAIRS]
+        table = []  # log p(query | answer): a row an answer, a column a query
+        for some in data.progress(answers, 8, f"retrieval of {answer}"):
+            pairs = {query: queries.repeat(len(some), 1), answer: some.repeat_interleave(len(queries), 0)}
             with run.context.autocast():
-                pairs = {query: queries.repeat(len(answers), 1), answer: answers}
-                table.append(run.biart.log_likelihood(**pairs, to=query)[0].view(len(answers), -1))
+                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
+            table.append(log_p.view(len(some), len(queries)))
         table = torch.cat(table)
-        ranks = (table > table.diag()).sum(0)  # how many answers explain a query better than its own does
-        scores.update({f"{direction}_recall{k}": (ranks < k).double().mean().item() for k in (1, 5)})
+        n_better = (table > table.diag()).sum(0)  # answers that explain a query better than the right one
+        for k in (1, 5):
+            scores[f"{direction}_recall{k}"] = (n_better < k).double().mean().item()
     return scores
-
 
 def generation_scores(run, dataset, inception=None):
     """
-    Of a picture painted of one caption an item, and a caption given to its image -> "bleu1" ... "bleu4",
-    "rouge_l", "cider_d", against all captions of the item; of built-in scenes "t2i_exact", "i2t_exact", the
-    shares that are right in all that the prompt or caption says; "fid", where there are weights.
-    With --rerank all of these again, "..._rerank", of the best candidate; without the suffix, of the first.
+    Paint a caption of each item and caption each image -> caption_scores(), "fid" and, of built-in scenes,
+    "t2i_exact", "i2t_exact", the shares that are right in everything said. These are of the candidates drawn
+    first. With --rerank the best ones are scored, too: "..._rerank".
     """
     references = [dataset.captions(i) for i in range(len(dataset))]
     images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
     prompts, n, scores = data.one_caption_each(references), run.config.rerank, {}
 
-    def first_and_best(group):
-        first = min(group, key=lambda record: record["seed"] or 0)
-        return [first, group[0]] if n > 1 else [first]
+    def first_and_best(candidates):
+        first = min(candidates, key=lambda record: record["seed"] or 0)  # beams have no seeds
+        return [first, candidates[0]] if n > 1 else [first]
 
-    painted = run.paint_all(prompts, n, choose=first_and_best)
-    captioned = run.caption_all(images, n, choose=first_and_best)
-    for suffix, painted_records, caption_records in zip(("", "_rerank"), zip(*painted), zip(*captioned)):
-        pictures = [record["picture"] for record in painted_records]
-        captions = [record["caption"] for record in caption_records]
+    painted = list(run.paint_all(prompts, n, choose=first_and_best))
+    captioned = list(run.caption_all(images, n, choose=first_and_best))
+    for i, suffix in enumerate(["", "_rerank"] if n > 1 else [""]):
+        pictures = [records[i]["picture"] for records in painted]
+        captions = [records[i]["caption"] for records in captioned]
         found = caption_scores(captions, references)
         rates = data.exact_rates(prompts, pictures, references, captions)
-        found.update({f"{way}_exact": rate for way, rate in rates.items()})
+        found.update({f"{direction}_exact": rate for direction, rate in rates.items()})
         if inception:
             found["fid"] = frechet_distance(inception(images), inception(pictures))
         scores.update({name + suffix: value for name, value in found.items()})
     return scores
 
-
 # -----------------------------------------------------------------------------
-# A page of it all, in a file or live
+# A page in the browser, for this machine alone
 
-MOST = {"bytes": 10_000_000, "characters": 2000, "n": 64, "pixels": 50_000_000, "connections": 64}  # served
-FORMATS = ("PNG", "JPEG", "GIF", "WEBP", "BMP")
-PLAYED = ("n", "temperature", "top_k", "top_p", "guidance", "seed", "keep_rows")  # settings of the page
-LOCAL = {"127.0.0.1", "localhost", "::1"}
+MAX_BYTES, MAX_CHARACTERS, MAX_PIXELS = 10_000_000, 2000, 50_000_000  # of a request, its prompt, its picture
+REQUEST = {"prompt": str, "image": str, "n": int, "temperature": (int, float), "top_k": int,
+           "top_p": (int, float), "guidance": (int, float), "seed": int, "keep_rows": int}
 
-
-def data_url(picture):
-    """A PIL image, or the path of a PNG file -> its PNG as text that a page shows."""
-    png = io.BytesIO()
-    png.write(picture.read_bytes()) if isinstance(picture, Path) else picture.save(png, "PNG")
-    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
-
-
-def page(run, live=False):
-    """
-    assets/page.html with the run's scores, samples, curves and grids from save_dir and out_dir in it, one
-    file to send around; or, live, with controls that ask serve() in place of the samples.
-    """
-    out_dir, save_dir, made, figures = Path(run.config.out_dir).absolute(), Path(run.save_dir), {}, {}
-    for path in filter(Path.exists, (save_dir / f"{name}.json" for name in ("scores", "samples")[:2 - live])):
-        made[path.stem] = json.loads(path.read_text(encoding="utf-8"))
-    for entry in made.get("samples", {}).get("samples", ()):
-        entry["picture"] = data_url(save_dir / entry["file"])
-    for stage in STAGES:  # its loss curve, and up to four of its grids of pictures, first and last among them
-        grids = sorted(out_dir.glob(f"{stage}_[0-9]*.png"), key=lambda path: (len(path.name), path))
-        chosen = dict.fromkeys(grids[i * (len(grids) - 1) // 3] for i in range(4) if grids)
-        figures[stage] = {path.name: data_url(path) for path in (*out_dir.glob(f"{stage}_loss.png"), *chosen)}
-    content = {"title": out_dir.name, "live": live, "side": run.image_side, "most": MOST, "made": made,
-               "figures": figures, "settings": {name: getattr(run.config, name) for name in PLAYED}}
-    text = json.dumps(content, ensure_ascii=False).replace("<", "\\u003c")  # nothing in it ends the script
-    template = Path(__file__).with_name("assets") / "page.html"
-    return template.read_text(encoding="utf-8").replace(">DATA<", f">{text}<", 1)
-
-
-def read_request(run, path, body):
-    """
-    -> the run with the settings that a request's JSON asks for, the prompt to /paint, or "", and the image to
-    /caption or to complete, a PIL image as the models take it, or None. ValueError, a sentence, for all else.
-    """
-    kinds = {f.name: f.type for f in dataclasses.fields(SampleConfig) if f.name in PLAYED}
+def serve(run):
+    """Serve the page until Ctrl-C or SIGTERM ends the process. ValueError where the port cannot be used."""
     try:
-        asked = json.loads(body)
-        settings = {name: float(str(value)) if kinds.get(name) is float and type(value) is int else value
-                    for name, value in asked.items()}  # a whole number may be too large for a float
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError("the request is not an object in JSON") from None
-    for name, value in settings.items():
-        kind = {"prompt": str, "image": str, **kinds}.get(name)
-        if type(value) is not kind:
-            raise ValueError(f"{name} is not {kind.__name__}" if kind else f"no setting: {name[:50]!r}")
-    prompt, image = (settings.pop(name, "") for name in ("prompt", "image"))
-    if len(prompt) > MOST["characters"]:
-        raise ValueError(f"the prompt is longer than {MOST['characters']:,} characters")
-    n = settings.get("n", run.config.n)
-    if n > MOST["n"]:
-        raise ValueError(f"--n {n} is above {MOST['n']}, the most at a time")
-    run = run.with_settings(**{**settings, "n": n, "rerank": n})
-    if path == "/paint":
-        if not prompt.strip():
-            raise ValueError("the prompt is empty")
-        run.check_kept(image)
-    elif not image:
-        raise ValueError("there is no picture to caption")
-    if image:
-        try:
-            content = io.BytesIO(base64.b64decode(image, validate=True))
-        except ValueError:
-            raise ValueError("the picture is not in base64") from None
-        image = data.to_image(run.crop(data.load_image(content, name="the file", formats=FORMATS)))
-    return run, prompt, image or None
+        server = PageServer(run)
+    except OSError as e:
+        raise ValueError(f"cannot listen on --port {run.config.port} ({e.strerror})") from None
+    print(f"http://localhost:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
+    for number in (signal.SIGTERM, signal.SIGINT):  # background jobs of a shell ignore SIGINT otherwise
+        signal.signal(number, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+    os._exit(0)  # an ordinary exit would shut torch down while other threads still compute, and crash
 
+class PageServer(ThreadingHTTPServer):
+    """A thread for each request. The lock `models` gives the run to one of them at a time."""
 
-def prompt_notes(run, prompt):
-    """Sentences on what of a prompt is lost on the model."""
-    ids, cut = run.tokenizer.encode_padded(prompt, run.biart.config.n_text)
-    notes = [f"The prompt is too long: only “{run.tokenizer.decode(ids)}” was read."] if cut else []
-    if configure(run.settings, "biart", data.DataConfig)[0].data == "scenes":  # each known word is one token
-        unknown = [word for word in dict.fromkeys(re.findall(r"\w+", prompt))
-                   if min(len(run.tokenizer.encode(text)) for text in (word, f" {word}")) > 1]
-        notes += [f"Words the model has never seen: {', '.join(unknown)}."] if unknown else []
-    return notes
+    def __init__(self, run):
+        super().__init__(("127.0.0.1", run.config.port), PageHandler)
+        self.run, self.models = run, threading.Lock()
+        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses a picture of twice as many
+        content = {"title": Path(run.config.out_dir).absolute().name, "side": run.image_side,
+                   "prompts": run.examples(), "max_bytes": MAX_BYTES,
+                   "settings": {name: getattr(run.config, name) for name in REQUEST}}
+        text = json.dumps(content).replace("<", "\\u003c")  # no "</script>" in it ends the script
+        template = Path(__file__).with_name("assets") / "page.html"
+        self.page = template.read_text(encoding="utf-8").replace(">DATA<", f">{text}<").encode()
 
-
-class Refused(Exception):
-    """An HTTP status, and a sentence."""
-
-
-class Handler(BaseHTTPRequestHandler):
+class PageHandler(BaseHTTPRequestHandler):
     """
-    GET / is the page; POST /paint and /caption stream lines of JSON: {"waiting": requests before this one},
-    {"notes": [...]}, {"known": tokens of each sample, "pictures": [...]}, {"records": [...]} last, or
-    {"error": ...}. Nothing of a request names a file.
+    GET / answers with the page. POST /paint and /caption answer with lines of JSON: {"notes": [sentences]};
+    as tokens come, {"known": number, "pictures": [URLs]} or {"captions": [...]}; last {"records": [...]} or
+    {"error": sentence}. Writing to a client that has left raises OSError, and this ends its work.
     """
-    timeout = 20  # s that a read or write may take; a whole request may take as long, too
-    default_request_version = "HTTP/1.0"  # of what cannot be read: 0.9 has no status
-    server_version, sys_version = "sample.py", ""
-    started = False  # whether the answer has begun
-
-    def setup(self):
-        super().setup()
-        self.deadline = threading.Timer(self.timeout, self.hang_up)
-        self.deadline.daemon = True
-        self.deadline.start()
-
-    def finish(self):
-        self.deadline.cancel()
-        super().finish()
-
-    def hang_up(self, how=socket.SHUT_RDWR):
-        with contextlib.suppress(OSError):  # where the client did
-            self.connection.shutdown(how)
+    timeout = 20  # seconds that one read or write may take
+    started = False  # whether the status has been sent
 
     def do_GET(self):
         try:
-            self.check_sender()
-            if self.command == "POST":
-                self.post()
-            elif self.path != "/":
-                raise Refused(404, "there is nothing at this address")
-            else:
-                self.head(200, "text/html")
-                self.wfile.write(self.server.page)
-        except Refused as e:
-            self.send_error(*e.args)
+            self.answer()
+        except ValueError as e:
+            self.send_error(400, str(e))
         except OSError:
-            pass  # the client left
+            pass  # the client has left
         except Exception:
-            traceback.print_exc()
-            self.send_error(500, "something went wrong on the server")
+            self.send_error(500, "something went wrong: the server's terminal says what")
+            raise
 
     do_POST = do_GET
 
-    def check_sender(self):
-        """Keeps other sites from using a visitor's server, by a form or by a name of theirs for it."""
-        host = self.headers.get("Host", "")
-        known = {*LOCAL, self.server.run.config.host, self.connection.getsockname()[0]}
-        if (re.sub(r":\d*$", "", host).strip("[]") not in known
-                or self.headers.get("Origin", f"http://{host}") != f"http://{host}"):
-            raise Refused(403, "this server answers its own page alone")
+    def answer(self):
+        host = self.headers.get("Host", "")  # not ours: DNS rebinding. Origin: the site that asks
+        ours = host.split(":")[0] in ("localhost", "127.0.0.1")
+        if not ours or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
+            raise ValueError("this server answers its own page only")
+        if self.command == "GET" and self.path == "/":
+            self.start(200, "text/html")
+            self.wfile.write(self.server.page)
+        elif self.command == "POST" and self.path in ("/paint", "/caption"):
+            length = self.headers.get("Content-Length", "")
+            if not length.isdecimal() or int(length) > MAX_BYTES:
+                raise ValueError(f"a request needs a Content-Length of at most {MAX_BYTES:,} bytes")
+            body = self.rfile.read(int(length))
+            with self.server.models:
+                self.work(*read_request(self.server.run, self.path, body))
+        else:
+            raise ValueError("there is nothing at this address")
 
-    def post(self):
-        work = {"/paint": self.paint, "/caption": self.caption}.get(self.path)
-        if not work:
-            raise Refused(404, "there is nothing at this address")
-        body = self.body()
-        self.deadline.cancel()
-        try:
-            with self.server.reading:  # one large picture at a time
-                run, prompt, image = read_request(self.server.run, self.path, body)
-            notes = prompt_notes(run, prompt)
-        except (ValueError, OverflowError) as e:
-            raise Refused(400, str(e)) from None
-        with self.turn():
-            self.send(notes=notes)
-            work(run, prompt, image)
+    def work(self, run, prompt, image):
+        def show(tokens, n_known):
+            if not prompt:
+                self.send(captions=[run.tokenizer.decode(row[:n_known].tolist()) for row in tokens])
+            elif n_known % run.image_side == 0:
+                self.send(known=n_known, pictures=[data_url(data.to_image(x)) for x in run.decode(tokens)])
 
-    def body(self):
-        length = self.headers.get("Content-Length")
-        if length is None or "Transfer-Encoding" in self.headers:
-            raise Refused(411, "a request needs a Content-Length")
-        if not re.fullmatch("[0-9]{1,20}", length):
-            raise Refused(400, "the Content-Length is no number")
-        if int(length) > MOST["bytes"]:
-            raise Refused(413, f"the request is larger than {MOST['bytes'] // 1_000_000} MB")
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
-            raise ConnectionError
-        return body
-
-    @contextlib.contextmanager
-    def turn(self):
-        """The models work for one at a time, first come, first served."""
-        queue, before = self.server.queue, 0
-        queue.append(self)
-        try:
-            while queue[0] is not self:
-                self.stay()
-                if queue.index(self) != before:
-                    before = queue.index(self)
-                    self.send(waiting=before)
-                time.sleep(0.02)
-            yield
-        finally:
-            queue.remove(self)
-
-    def stay(self, *_):
-        """Raises ConnectionError where nobody waits for the answer any more."""
-        came = select.select([self.connection], [], [], 0)[0]
-        if self.server.ending or came and not self.connection.recv(1, socket.MSG_PEEK):
-            raise ConnectionError
-
-    def paint(self, run, prompt, image):
-        rows = -1
-
-        def on_step(tokens, known):
-            nonlocal rows
-            self.stay()
-            before, rows = rows, known.sum().item() // (len(known) * run.image_side)
-            if rows > before:  # the guesses are there, too: the page covers them
-                pictures = [data_url(data.to_image(x)) for x in run.decode(tokens)]
-                self.send(known=known.tolist(), pictures=pictures)
-
-        self.send_records(run, run.paint_all([prompt], run.config.n, image and [image], on_step))
-
-    def caption(self, run, _prompt, image):
-        codes, _ = run.encode([image])
-        self.send(picture=data_url(image), reconstruction=data_url(data.to_image(run.decode(codes)[0])))
-        self.send_records(run, run.caption_all([image], run.config.n, self.stay))
-
-    def send_records(self, run, groups):
-        group = next(groups)
-        for record in group:
-            record.update(picture=data_url(record["picture"]), score=run.rerank_score(**record["scores"]))
+        _, cut = run.tokenizer.encode_padded(prompt, run.biart.config.n_text)
+        self.send(notes=["The prompt is too long: its end was cut off."] if cut else [])
+        if prompt:
+            groups = run.paint_all([prompt], run.config.n, [image] if image else None, on_token=show)
+        else:
+            groups = run.caption_all([image], run.config.n, on_token=show)
+        records = next(groups)
+        for record in records:
+            record.update(picture=data_url(record["picture"]), score=run.rerank_score(record))
             del record["tokens"]
-        self.send(records=group)
+        self.send(records=records)
 
-    def head(self, status, kind):
+    def start(self, status, kind):
         self.started = True
         self.send_response(status)
-        for name, value in (("Content-Type", f"{kind}; charset=utf-8"), ("Cache-Control", "no-store"),
-                            ("X-Frame-Options", "DENY"), ("X-Content-Type-Options", "nosniff")):
-            self.send_header(name, value)
+        self.send_header("Content-Type", f"{kind}; charset=utf-8")
         self.end_headers()
 
-    def send(self, **line):
+    def send(self, status=200, **line):
         if not self.started:
-            self.head(200, "application/x-ndjson")
+            self.start(status, "application/x-ndjson")
         self.wfile.write(json.dumps(line).encode() + b"\n")
 
-    def send_error(self, code, message=None, explain=None):
-        """As the last line of an answer that has begun. Called by the base class, too."""
-        with contextlib.suppress(OSError):
-            if not self.started:
-                self.head(code, "application/json")
-            self.send(error=message or HTTPStatus(code).phrase)
-            self.hang_up(socket.SHUT_WR)
-            while self.deadline.is_alive() and self.connection.recv(2 ** 16):
-                pass  # closing on what is not read yet would take the answer back
+    def send_error(self, code, message=None, explain=None):  # the base class calls it, too
+        self.send(code, error=message or "the request cannot be read")
 
-    def log_message(self, *_):
-        pass
+def read_request(run, path, body):
+    """JSON -> the run with the settings in it, the prompt or "", a PIL image or None. Raises ValueError."""
+    asked = json.loads(body)
+    if not isinstance(asked, dict):
+        raise ValueError("the request is not a JSON object")
+    for name, value in asked.items():
+        if not isinstance(value, REQUEST.get(name, ())):
+            raise ValueError(f"{name[:50]} cannot be {str(value)[:50]!r}")
+    prompt, image, n = asked.pop("prompt", ""), asked.pop("image", ""), asked.pop("n", run.config.n)
+    if len(prompt) > MAX_CHARACTERS:
+        raise ValueError(f"the prompt is longer than {MAX_CHARACTERS} characters")
+    run = run.with_settings(**asked, n=n, rerank=n)
+    if path == "/paint":
+        run.check_kept(image)
+    if path == "/caption" or image:
+        file = io.BytesIO(base64.b64decode(image))
+        image = data.load_image(file, name="the file", formats=("PNG", "JPEG", "GIF", "WEBP", "BMP"))
+    if bool(prompt.strip()) != (path == "/paint"):
+        raise ValueError("/paint needs a prompt, and /caption an image alone")
+    return run, prompt, image or None
 
+def data_url(picture):
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    return "data:image/png;base64," + base64.b64encode(png.getvalue()).decode()
 
-class Server(ThreadingHTTPServer):
-    """Serves a run's page. A thread a connection; the models are used by the first in the queue."""
-    request_queue_size = 128
-    server_bind = socketserver.TCPServer.server_bind  # looks up no name, which may take long
-
-    def __init__(self, run, page):
-        self.run, self.page, self.queue, self.ending = run, page.encode(), [], False
-        Image.MAX_IMAGE_PIXELS = MOST["pixels"] // 2  # Pillow refuses what has twice as many
-        self.reading, self.free = threading.Lock(), threading.Semaphore(MOST["connections"])
-        self.address_family = socket.AF_INET6 if ":" in run.config.host else socket.AF_INET
-        super().__init__((run.config.host, run.config.port), Handler)
-
-    def process_request(self, request, client_address):
-        if self.free.acquire(blocking=False):
-            return super().process_request(request, client_address)
-        with contextlib.suppress(OSError):
-            request.sendall(b'HTTP/1.0 503 Service Unavailable\r\nContent-Type: application/json\r\n\r\n'
-                            b'{"error": "too many connections: try again later"}\n')
-        self.shutdown_request(request)
-
-    def process_request_thread(self, request, client_address):
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self.free.release()
-
-    def handle_error(self, request, client_address):
-        if not isinstance(sys.exc_info()[1], OSError):  # a client that left or was too slow
-            super().handle_error(request, client_address)
-
-
-def serve(run):
-    """Until Ctrl-C or SIGTERM. Raises ValueError where there is no listening."""
-    c, content = run.config, page(run, live=True)
-    try:
-        server = Server(run, content)
-    except OSError as e:
-        raise ValueError(f"cannot listen on --host {c.host} --port {c.port} ({e.strerror})") from None
-    where = "localhost" if c.host in LOCAL else f"[{c.host}]" if ":" in c.host else c.host
-    if c.host not in LOCAL:
-        print("whoever reaches this port can use it: there is no password, no encryption")
-    print(f"http://{where}:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
-    for number in (signal.SIGTERM, signal.SIGINT):  # which a shell's background job ignores
-        signal.signal(number, signal.default_int_handler)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print("\nended")
-    finally:
-        server.server_close()
-        server.ending = True
-        until = time.monotonic() + 5  # Python must not wind up under a thread that computes
-        while server.queue and time.monotonic() < until:
-            time.sleep(0.02)
-
+# -----------------------------------------------------------------------------
+# Export and speed
 
 def export(run, folder):
     """
-    The run as weights alone: augvae_sl.pt, biart.pt and tokenizer.json in `folder`, to be used as the run is.
-    Parameters are float16, half the size; the codebook stays as it is, for codes are compared by distance.
+    augvae_sl.pt, biart.pt and tokenizer.json without what training needs, to be used as a run. Parameters
+    become float16. The codebook stays float32: codes are chosen by small differences.
     """
     if os.path.isdir(folder) and os.path.samefile(folder, run.config.out_dir):
         raise ValueError(f"--export {folder} would overwrite the run: name another folder")
     os.makedirs(folder, exist_ok=True)
     for p in (*run.vae.parameters(), *run.biart.parameters()):
         p.data = p.data.half().float()
-    words = {"preset", *TrainConfig.choices, *data.DataConfig.choices}  # other texts may be paths
+    # Settings that are words or numbers; other texts may be paths of this machine
+    words = {"preset", *TrainConfig.choices, *data.DataConfig.choices}
     settings = {name: value for name, value in run.settings.items()
                 if name in words or not isinstance(value, str)}
-    parents = {"augvae": fingerprint(run.vae), "tokenizer": run.tokenizer.fingerprint()}
+    made_from = {"augvae": fingerprint(run.vae), "tokenizer": run.tokenizer.fingerprint()}
     for stage, model in (("augvae_sl", run.vae), ("biart", run.biart)):
-        halved = {name: p.data.half() for name, p in model.named_parameters()}
-        path = os.path.join(folder, f"{stage}.pt")
-        save_checkpoint(path, {"stage": stage, "settings": settings, "progress": {"step": 0}, **parents,
-                               "config": dataclasses.asdict(model.config),
-                               "model": {**model.state_dict(), **halved}})
+        weights = model.state_dict()
+        weights.update({name: p.data.half() for name, p in model.named_parameters()})
+        save_checkpoint(os.path.join(folder, f"{stage}.pt"), {
+            "stage": stage, "settings": settings, "progress": {"step": 0}, **made_from,
+            "config": asdict(model.config), "model": weights})
     run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    size = sum(os.path.getsize(os.path.join(folder, name))
-               for name in ("augvae_sl.pt", "biart.pt", "tokenizer.json"))
+    names = "augvae_sl.pt", "biart.pt", "tokenizer.json"
+    size = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
     print(f"wrote {folder}, {size / 1e6:.1f} MB: `python sample.py --out_dir {folder}` uses it")
 
-
-# -----------------------------------------------------------------------------
-# Measurements
-
 @torch.no_grad()
-def bench(config):
-    """
-    Speed of decoding images, 12 layers of 512, medians: tokens/s from context 64 to 320 at batch 1 and 8; a
-    whole image of 1024 tokens; how much longer a token takes at its end; cost of guidance.
-    """
-    context = Context(config.device, "float32" if config.dtype == "auto" else config.dtype, wide=False)
-    torch.manual_seed(0)
-    before = context.peak_gb()
-    short, whole = (BiART(BiARTConfig(n_layer=12, n_head=8, n_embd=512, image_side=side)).eval()
-                    .to(context.device, context.dtype) for side in (16, 32))
-    text = torch.randint(0, short.config.end_token, (8, 64), device=context.device)
-
-    def seconds(model, batch, left=None, **settings):
-        """Of painting all tokens, or the last `left`."""
-        codes = text.new_zeros(batch, model.config.n_image)
-        prefix = codes[:, :-left] if left else None
-        settings = {"prefix": prefix, "window": 1, **settings}
-        times = [context.timeit(lambda: model.generate(text[:batch], "image", **settings))
-                 for _ in range(4)]
-        return median(times[1:])
-
-    weights = sum(p.numel() for p in short.blocks.parameters()) + short.token["image"].weight.numel()
-    memory = torch.ones(2 ** 28 if context.device.type == "cuda" else 2 ** 26, device=context.device)
-    bandwidth = memory.nbytes / min(context.timeit(memory.sum) for _ in range(5))  # bytes/s of reading
-    speed, share_of_floor, one = {}, {}, seconds(short, 1)
-    for batch, taken in ((1, one), (8, seconds(short, 8))):
-        cache = 2 * short.config.n_layer * short.config.n_embd * batch * (64 + 320) / 2  # its mean size
-        floor = (weights + cache) * context.dtype.itemsize * 256 / bandwidth
-        speed[str(batch)], share_of_floor[str(batch)] = batch * 256 / taken, floor / taken
-        print(f"batch {batch}: {batch * 256 / taken:.1f} tokens/s from context 64 to 320, "
-              f"{floor / taken:.0%} of what reading weights and cache at {bandwidth / 1e9:.0f} GB/s allows")
-    guidance, image = seconds(short, 1, guidance=2.0) / one, seconds(whole, 1)
-    windows = {}  # here no guess is ever right; in turns, as a machine's speed drifts
-    for batch in (1, 8):
-        pairs = [[context.timeit(functools.partial(short.generate, text[:batch], "image", window=window))
-                  for window in (1, 0)] for _ in range(6)]
-        windows[str(batch)] = median(a / b for a, b in pairs[1:])
-    growth = (seconds(whole, 1, 96) - seconds(whole, 1, 32)) / 64 / (one / 256)
-    print(f"guidance costs {guidance:.2f} times as much; a whole image of 1024 tokens takes {image:.1f} s; "
-          f"a token at its end takes {growth:.2f} times as long; windows of guesses, none of them right: "
-          f"{windows['1']:.2f} and {windows['8']:.2f} times the speed at batch 1 and 8")
-    measured = {"tokens_per_s": speed, "share_of_floor": share_of_floor, "guidance_cost": guidance,
-                "image_s": image, "growth": growth, "window_speed": windows,
-                "median_s": one, "peak_gb": context.peak_gb() - before,
-                "device": context.device_name(), "dtype": str(context.dtype)[6:], "size": [12, 512, 64, 320]}
-    if config.json:
-        print(json.dumps(measured))
-
+def bench(config, given):
+    """Tokens a second of decoding images, of one and of 8 at a time, with and without guidance."""
+    if "out_dir" in given:
+        run = Run(config)
+        context, model = run.context, run.biart
+    else:
+        context = Context(config.device, config.dtype)
+        model = BiART(BiARTConfig(n_layer=12, n_head=8, n_embd=512, image_side=16)).eval()
+        model.to(context.device, context.dtype)
+    c = model.config
+    text = torch.full((8, c.n_text), c.pad_token, device=context.device)
+    for batch, guidance in ((1, 1.0), (8, 1.0), (1, 4.0), (8, 4.0)):
+        def paint():
+            model.generate(text[:batch], "image", sampling=Sampling(guidance=guidance))  # noqa: B023
+        with context.autocast():
+            seconds = median(context.timeit(paint) for _ in range(3))
+        print(f"batch {batch}, guidance {guidance:g}: {batch * c.n_image / seconds:.0f} tokens/s, "
+              f"{seconds:.2f} s for {batch} x {c.n_image} tokens behind {c.n_text}, "
+              f"{c.n_layer} x {c.n_embd}, {context.device}, {str(context.dtype)[6:]}", flush=True)
+    print(f"{context.peak_gb():.2f} GB at most")
 
 # -----------------------------------------------------------------------------
 # The command line
 
 def check_uses(c, given):
     """Raises ValueError, a sentence, for settings that do not go together."""
-    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export")
-            if getattr(c, name)]
-    sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
-    texts = ("prompt", "prompts", "image", "prefix", "reconstruct", "host", "export")
-    mistakes = [
-        *((name in given and not "".join(given[name]).strip(), f"--{name} is empty") for name in texts),
-        *((getattr(c, name) and not c.image, f"--{name} needs --image")
-          for name in ("keep_rows", "variations", "prefix")),
-        (len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses"),
-        (c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many"),
-        (c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too"),
-        (c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt"),
-        (c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts"),
-        (c.html and (c.serve or c.export), "--html shows what is made: leave out --serve and --export"),
-        (c.serve and c.n > MOST["n"], f"--serve paints {MOST['n']} pictures at a time, not {c.n}"),
-        (c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint"),
-        (c.beam and given.get("rerank", 1) > 1, "--beam and --rerank both choose captions: leave one out"),
-        (c.beam and c.image and not c.variations and sampling,
-         f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")]
-    for made, sentence in mistakes:
-        if made:
+    def refuse(wrong, sentence):
+        if wrong:
             raise ValueError(sentence)
 
+    for name in ("prompt", "prompts", "image", "prefix", "reconstruct", "export"):
+        refuse(name in given and not "".join(given[name]).strip(), f"--{name} is empty")
+    for name in ("keep_rows", "variations", "prefix"):
+        refuse(getattr(c, name) and not c.image, f"--{name} needs --image")
+    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export")
+            if getattr(c, name)]
+    refuse(len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses")
+    refuse(c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many")
+    refuse(c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too")
+    refuse(c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt")
+    refuse(c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts")
+    refuse(c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint")
+    refuse(c.beam and given.get("rerank", 1) > 1, "--beam and --rerank both choose captions: leave one out")
+    sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
+    refuse(c.beam and c.image and not c.variations and sampling,
+           f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")
 
 def open_validation(run, given):
-    """The run's validation data, or what is given, and, of built-in scenes, those of things never seen."""
-    config, = configure({**run.settings, **given}, "biart", data.DataConfig)
+    """The validation data of the run or the command line; and scenes with things never seen, or None."""
+    names = {f.name for f in fields(data.DataConfig)}
+    named = {name: value for name, value in given.items() if name in names}
+    config = make_settings({**run.settings, **named}, "biart").data
     val = data.open_data(config, "val")
     if not val.captioned:
         raise ValueError(f"--data {config.data} has no captions to paint: name captioned data")
     return val, data.open_data(config, "heldout") if config.data == "scenes" else None
 
-
 def main(argv):
-    given = Parser((SampleConfig, data.DataConfig), {}, description=__doc__).settings(argv)
-    config, = configure(given, "", SampleConfig)
+    given = parse(argv, __doc__, SampleConfig, data.DataConfig)
+    config = make_config(SampleConfig, given)
     check_uses(config, given)
     if config.bench:
-        return bench(config)
+        return bench(config, given)
     if config.export:
-        return export(Run(dataclasses.replace(config, device="cpu", dtype="float32")), config.export)
-    run, scores = Run(config, biart=not config.reconstruct), None
+        return export(Run(replace(config, device="cpu", dtype="float32")), config.export)
+    run = Run(config, biart=not config.reconstruct)
     if config.serve:
         return serve(run)
     os.makedirs(run.save_dir, exist_ok=True)
     if config.reconstruct:
-        shown = read_images(run, config.reconstruct)
-        save_samples(run, "reconstructed", reconstructions(run, shown), min(8, len(shown)))
+        reconstruct(run, config.reconstruct)
+    elif config.image and (config.prompt or config.variations):
+        repaint_files(run)
     elif config.image:
-        save = save_repaintings if config.prompt or config.variations else save_captions
-        save(run, read_images(run, config.image))
+        caption_files(run)
     elif config.prompt or config.prompts:
-        prompts = [config.prompt] if config.prompt else data.decode_captions(
-            Path(config.prompts).read_bytes(), config.prompts)
-        save_samples(run, "painted", run.paint_all(prompts, config.n), sheet_columns(config.n))
+        paint_prompts(run)
     else:
         val, heldout = open_validation(run, given)
         if config.eval:
-            scores = evaluate(run, val, heldout)
+            print(json.dumps(evaluate(run, val, heldout)))
         else:
-            save_both_directions(run, data.validation_subset(val, config.n))
-    if config.html:
-        path = os.path.join(run.save_dir, "page.html")
-        Path(path).write_text(page(run), encoding="utf-8")
-        print(f"wrote {path}")
-    if scores:
-        print(json.dumps(scores))
-
+            show_both_directions(run, data.validation_subset(val, config.n))
 
 if __name__ == "__main__":
     try:
