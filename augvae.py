@@ -35,6 +35,10 @@ EMA_DECAY = 0.99  # of the codebook's averages, per step
 EMA_EPS = 1e-5  # Laplace smoothing of the cluster sizes
 DEAD_BELOW = 0.03  # a code used less than this share of the mean is dead
 
+def derived(default):
+    """A setting that other settings or models decide, not the command line."""
+    return field(default=default, metadata={"derived": True})
+
 @dataclass
 class AugVAEConfig:
     """The defaults are the released model for 256 pixels (225 M parameters)."""
@@ -50,11 +54,11 @@ class AugVAEConfig:
     z_channels: int = 256  # channels between encoders, codebook, decoders
     codebook_size: int = 8192  # codes, shared by all levels
     codebook_dim: int = 256  # length of a code
-    commitment: float = 0.25  # weight of mse(sg[z_q], z), summed over levels
+    commitment: float = 0.25  # weight of mse(z_q.detach(), z), summed over levels
     vq_start: int = 0  # optimizer steps before quantisation begins
-    rate: float = 0.0  # how much common codes are preferred, in code variances per nat; 0: not at all
+    rate: float = 0.0  # favours common codes: distance^2 + rate * variance of codes * -log p(code); 0: off
     locality: float = 0.0  # AugVAE-SL: weight of the loss that makes a code describe only its own cell
-    single_level: int = field(default=0, metadata={"derived": True})  # side of AugVAE-SL's grid; 0: AugVAE-ML
+    single_level: int = derived(0)  # side of AugVAE-SL's grid; 0: AugVAE-ML
     limits = {"image_size": (1, inf), "hidden": (1, inf), "n_res_blocks": (1, inf), "n_groups": (1, inf),
               "ae_dropout": (0, 0.99), "z_channels": (1, inf), "codebook_size": (1, inf),
               "codebook_dim": (1, inf), "commitment": (0, inf), "vq_start": (0, inf),
@@ -183,12 +187,10 @@ class TiedConv1x1(nn.Module):
 # Codebook
 
 class Codebook(nn.Module):
-    """
-    `size` codes of `dim` numbers: weight (size, dim) = embed_sum (size, dim) / cluster_size (size,), moving
-    averages of the sum and number of vectors per step. Both start at 0: update() must revive the codes.
-    forward() moves no code. Training calls collect() in each forward pass and update() once per step: its one
-    all-reduce keeps the codebook bit-equal on all ranks.
-    """
+    """`size` codes of `dim` numbers: weight (size, dim). A code is the moving average of the vectors that
+    chose it, embed_sum (size, dim) / cluster_size (size,). Both begin with 0: all codes are dead. update()
+    revives a few per step. forward() changes no code. Training calls collect() in each forward pass, update()
+    once per step. update() adds up what all ranks collected, so their codebooks stay bit-equal."""
     def __init__(self, config):
         super().__init__()
         self.config, self.size, self.dim = config, config.codebook_size, config.codebook_dim
@@ -201,11 +203,9 @@ class Codebook(nn.Module):
         self.discard()
 
     def forward(self, z):
-        """
-        z (B, dim, h, w) -> z_q of that shape, with straight-through gradients to z; codes LongTensor
+        """z (B, dim, h, w) -> z_q of that shape, with straight-through gradients to z; codes LongTensor
         (B, h, w); mse(sg[z_q], z), a scalar. For the first `vq_start` updates z_q is z and the loss 0, or the
-        encoder would collapse onto the few directions in which the young codes differ.
-        """
+        encoder would collapse onto the few directions in which the young codes differ."""
         with torch.autocast(z.device.type, enabled=False):
             z = z.float()
             codes = self.nearest(z.detach().permute(0, 2, 3, 1).reshape(-1, self.dim))
@@ -350,10 +350,8 @@ class AugVAE(nn.Module):
         return h
 
     def forward(self, images, collect=False):
-        """
-        Images (B, 3, H, W) in [-1, 1] -> reconstruction, not clamped; weighted commitment and locality loss,
-        a scalar; codes, as from encode(). `collect`: for codebook.update().
-        """
+        """Images (B, 3, H, W) in [-1, 1] -> reconstruction, not clamped; weighted commitment and locality
+        loss, a scalar; codes, as from encode(). `collect`: for codebook.update()."""
         features = self.features(images)
         quantised, codes, commitment = [], [], 0
         for z in features:
@@ -384,10 +382,9 @@ class AugVAE(nn.Module):
         return self.reconstruct([self.codebook.lookup(c) for c in codes]).clamp(-1, 1)
 
     def single_level(self, side):
-        """
-        AugVAE-ML -> a new AugVAE-SL, to be fine-tuned: encoders down to the grid of `side`, decoders up from
-        it. Connectors begin with zeros for a missing input. ValueError for an unknown side or an AugVAE-SL.
-        """
+        """AugVAE-ML -> a new AugVAE-SL, to be fine-tuned: encoders down to the grid of `side`, decoders up
+        from it. Connectors begin with zeros for a missing input. ValueError for an unknown side or an
+        AugVAE-SL."""
         if self.config.single_level:
             raise ValueError(f"already AugVAE-SL, of side {self.config.single_level}")
         model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)
@@ -452,10 +449,8 @@ def find_weights(name, sha256, url, download=True):
     return path
 
 class LPIPS(nn.Module):
-    """
-    Images a, b (B, 3, H, W) in [-1, 1], H, W >= 16 -> learned perceptual distance (B,), from 0 up,
-    as net="vgg" of lpips 0.1. OSError if the weights cannot be had, ValueError if a file holds others.
-    """
+    """Images a, b (B, 3, H, W) in [-1, 1], H, W >= 16 -> learned perceptual distance (B,), from 0 up, as
+    net="vgg" of lpips 0.1. OSError if the weights cannot be had, ValueError if a file holds others."""
     taps = (3, 8, 15, 22, 29)  # torchvision's layers: the last ReLU of each resolution
 
     def __init__(self, download=True):
@@ -570,7 +565,7 @@ def from_lightning(checkpoint, path):
             last = max(i for i in pre if f"encoders.{i}.conv_in.weight" in state)
             config["single_level"] = config["levels"][last]
             pre, post = [last], [0]
-        tensors = {"codebook.updates": torch.tensor(2 ** 20)}  # past the quick decay of young averages
+        tensors = {"codebook.updates": torch.tensor(2 ** 20)}  # many, so that update() uses EMA_DECAY
         for theirs, tensor in state.items():
             name = theirs
             for pattern, ours in RELEASED_NAMES:
@@ -627,13 +622,11 @@ def for_conv(x, dtype):
     return x.to(dtype, memory_format=torch.channels_last) if x.is_cuda else x.to(dtype)
 
 def upsample_conv(x, weight, bias):
-    """
-    conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1), with 4/9 of the multiplications: the 3x3
-    kernel and the 2x2 box of repeated pixels make the 4x4 kernel of a transposed convolution.
-    """
+    """conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1), with 4/9 of the multiplications: the
+    3x3 kernel and the 2x2 box of repeated pixels make the 4x4 kernel of a transposed convolution."""
     k = weight.flip(2, 3).transpose(0, 1)  # (in, out, 3, 3)
-    k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # * box along x: (in, out, 3, 4)
-    k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # * box along y: (in, out, 4, 4)
+    k = F.pad(k, (0, 1)) + F.pad(k, (1, 0))  # convolved with a box along x: (in, out, 3, 4)
+    k = F.pad(k, (0, 0, 0, 1)) + F.pad(k, (0, 0, 1, 0))  # and along y: (in, out, 4, 4)
     return F.conv_transpose2d(x, k, bias, stride=2, padding=1)
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ References:
 """
 import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from math import inf
 
@@ -26,14 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from augvae import build_model, read_checkpoint
+from augvae import build_model, derived, read_checkpoint
 
 REF, GEN = 0, 1  # entries of the segment embedding
 OTHER = {"text": "image", "image": "text"}
-
-def derived(default):
-    """A setting that the tokenizer or AugVAE decides, not the command line."""
-    return field(default=default, metadata={"derived": True})
 
 @dataclass
 class BiARTConfig:
@@ -46,7 +42,7 @@ class BiARTConfig:
     positions: str = "modality"  # modality (text: index; image: row + column) or sequence (published)
     null_prob: float = 0.1  # how often training blanks the REF side, for classifier-free guidance
     t2i_weight: float = 1.0  # weight of text -> image in the loss; image -> text has 1
-    replace_prob: float = 0.0  # share of image tokens that training replaces by random ones of the batch
+    replace_prob: float = 0.0  # text -> image: share of input image tokens that training replaces at random
     code_hidden: int = 0  # hidden units of an MLP that embeds the codes' vectors; 0 learns every embedding
     text_vocab: int = derived(49408)  # entries of the tokenizer
     end_token: int = derived(49407)  # closes every caption
@@ -131,16 +127,15 @@ class Block(nn.Module):
         return x
 
 class CodeEmbedding(nn.Module):
-    """
-    An embedding of the image codes with weight = own_share * own + MLP(code vectors), (V, C). Codes that
-    look alike share what is learned. Adam's steps have one size: a small own_share lets the MLP learn first.
-    """
+    """Embeds the image codes: weight (V, C) = own_share * own + MLP(code vectors). Codes that look alike get
+    similar embeddings from the MLP. `own` is one free vector a code. Adam moves all parameters equally fast,
+    so own_share is small: the MLP learns first."""
     own_share = 0.2
 
     def __init__(self, config):
         super().__init__()
         c = config
-        self.register_buffer("vectors", torch.randn(c.image_vocab, c.code_dim))  # BiART.set_code_vectors
+        self.register_buffer("vectors", torch.randn(c.image_vocab, c.code_dim))  # see set_code_vectors()
         self.c_fc = nn.Linear(c.code_dim, c.code_hidden)
         self.c_proj = nn.Linear(c.code_hidden, c.n_embd)
         self.own = nn.Parameter(torch.empty(c.image_vocab, c.n_embd))
@@ -168,19 +163,17 @@ class CodeEmbedding(nn.Module):
 # The model
 
 class BiART(nn.Module):
-    """
-    Text: LongTensor (B, n_text), padded behind its end token. Images: LongTensor (B, n_image), row by row.
-    A direction is named by what it generates: to="image" or to="text".
-    """
+    """Text: LongTensor (B, n_text), padded behind its end token. Images: LongTensor (B, n_image), row by row.
+    A direction is named by what it generates: to="image" or to="text"."""
     use_cuda_graphs = True  # when decoding on CUDA
 
     def __init__(self, config):
         super().__init__()
         self.config = c = config
-        self.token = nn.ModuleDict({m: nn.Embedding(c.vocab(m), c.n_embd) for m in OTHER})
+        self.token = nn.ModuleDict({m: nn.Embedding(c.vocab(m), c.n_embd) for m in ("text", "image")})
         if c.code_hidden:
             self.token["image"] = CodeEmbedding(c)
-        self.null = nn.ParameterDict({m: nn.Parameter(torch.empty(c.n_embd)) for m in OTHER})
+        self.null = nn.ParameterDict({m: nn.Parameter(torch.empty(c.n_embd)) for m in ("text", "image")})
         self.segment = nn.Embedding(2, c.n_embd)
         if c.positions == "modality":
             self.text_position = nn.Embedding(c.n_text, c.n_embd)
@@ -198,10 +191,8 @@ class BiART(nn.Module):
         return build_model(cls, BiARTConfig, read_checkpoint(path, "biart"), path)
 
     def init_weights(self):
-        """
-        GPT-2's: normal(0, 0.02), divided by sqrt(2 n_layer) for projections into the residual stream. The
-        0.02 suits 1024 channels. Narrower models start larger, or attention takes long to wake up.
-        """
+        """GPT-2's: normal(0, 0.02), divided by sqrt(2 n_layer) for projections into the residual stream. The
+        0.02 suits 1024 channels. Narrower models start larger, or attention takes long to wake up."""
         std = 0.02 * (1024 / self.config.n_embd) ** 0.5
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -268,10 +259,8 @@ class BiART(nn.Module):
         return x
 
     def logits(self, h, modality):
-        """
-        Hidden states (..., C) -> logits of the next token (..., V), over the vocabulary of its modality
-        alone. As in GPT-2, the weights are those of the embedding.
-        """
+        """Hidden states (..., C) -> logits of the next token (..., V), over the vocabulary of its modality
+        alone. As in GPT-2, the weights are those of the embedding."""
         return F.linear(self.ln_f(h), self.token[modality].weight)
 
     def is_scored(self, tokens, modality):
@@ -281,9 +270,8 @@ class BiART(nn.Module):
         return torch.ones_like(tokens, dtype=torch.bool)
 
     def cross_entropy(self, h, targets, modality):
-        """
-        Hidden states of a whole layout (B, T, C), its GEN side as targets (B, n) -> the loss: the mean over
-        samples of the mean over their tokens; and the nll of each token, (B, n), 0 for padding. In nats.
+        """Hidden states of a whole layout (B, T, C), its GEN side as targets (B, n) -> the loss: the mean
+        over samples of the mean over their tokens; and the nll of each token, (B, n), 0 for padding. In nats.
         """
         h = self.ln_f(h[:, -targets.shape[1] - 1:-1]).flatten(0, 1)  # of the position before each target
         scored = self.is_scored(targets, modality)
@@ -294,13 +282,11 @@ class BiART(nn.Module):
         return loss, nll.view_as(targets) * scored
 
     def forward(self, text, image, null=None):
-        """
-        Training's loss: samples 0, 2, 4 ... run text -> image, 1, 3, 5 ... image -> text, in one pass.
+        """Training's loss: samples 0, 2, 4 ... run text -> image, 1, 3, 5 ... image -> text, in one pass.
 
         text (B, n_text), image (B, n_image), null bool (B,): blank the REF side? -> the loss in nats a token:
         the mean of both directions, weighted t2i_weight to 1; and {"t2i", "i2t"}, each direction alone.
-        Every sample counts the same, however a batch is spread over ranks. ValueError if B is odd.
-        """
+        Every sample counts the same, however a batch is spread over ranks. ValueError if B is odd."""
         if len(text) % 2:
             raise ValueError(f"batch size {len(text)} is odd: half of a batch runs in each direction")
         if null is None:
@@ -318,8 +304,7 @@ class BiART(nn.Module):
 
     @torch.no_grad()
     def generate(self, ref, to, n=1, prefix=None, sampling=None, seeds=None, on_token=None):
-        """
-        Sample the GEN side from the REF side.
+        """Sample the GEN side from the REF side.
 
         ref: text (B, n_text) for to="image", image codes (B, n_image) for to="text"
         n: samples of each row of ref; result rows 0 ... n - 1 belong to row 0
@@ -329,8 +314,7 @@ class BiART(nn.Module):
         on_token: called after each token with the tokens and how many columns are known; it may raise
 
         -> tokens, LongTensor (B * n, n_image), or (B * n, n_text) padded behind the end token; and the log p
-        of what follows the prefix, without guidance and at temperature 1, in nats: (B * n,)
-        """
+        of what follows the prefix, without guidance and at temperature 1, in nats: (B * n,)"""
         c, length, sampling = self.config, self.config.length(to), sampling or Sampling()
         prefix = ref[:, :0] if prefix is None else prefix
         n_prefix = prefix.shape[1]
@@ -347,7 +331,7 @@ class BiART(nn.Module):
         for i in range(n_prefix, length):
             if i > n_prefix:
                 x = self.token[to](tokens[:, i - 1]) + position[i - 1]
-                h = step(x.repeat(len(h) // len(x), 1))
+                h = step(x.repeat(len(h) // len(x), 1))  # with guidance, twice: h has the blank half, too
             logits, all_log_p = self.next_logits(h, to, sampling.guidance)
             token = sample_token(logits, noise[:, i], sampling)
             log_p += all_log_p.gather(1, token[:, None])[:, 0].masked_fill(ended, 0)
@@ -382,15 +366,13 @@ class BiART(nn.Module):
         return self.transformer(x[:, None], cache)[:, 0]
 
     def next_logits(self, h, to, guidance):
-        """
-        Hidden states (B, C), with guidance (2 B, C) -> logits to choose the next token by, and the log p of
-        every token without guidance, (B, V) each.
+        """Hidden states (B, C), with guidance (2 B, C) -> logits to choose the next token by, and the log p
+        of every token without guidance, (B, V) each.
 
-        logits = conditional + (guidance - 1) * (1 - max p) * (conditional - null), for plausible tokens:
-        classifier-free guidance scaled by the model's uncertainty. At full strength everywhere it would
-        multiply small odds ("a thing begins here") token by token, and all samples of a caption would end up
-        in the same place.
-        """
+        With guidance, logits = conditional + (guidance - 1) * (1 - max p) * (conditional - null). The factor
+        1 - max p makes guidance weak where the model is sure. Without it, guidance would raise the small odds
+        of "a thing begins here" at every token, and all samples of a caption would put it in the same place.
+        Tokens that are not plausible (see PLAUSIBLE) get -inf."""
         logits = self.logits(h, to).float()
         if guidance == 1:
             log_p = logits.log_softmax(-1)
@@ -448,13 +430,11 @@ class BiART(nn.Module):
 
     @torch.no_grad()
     def log_likelihood(self, text, image, to, start=0):
-        """
-        text (N, n_text), image (N, n_image) -> log p(GEN side | REF side) in nats, summed over the GEN tokens
-        from `start` on: (N,); and how many tokens that are: (N,).
-        """
+        """text (N, n_text), image (N, n_image) -> log p(GEN side | REF side) in nats, summed over the GEN
+        tokens from `start` on: (N,); and how many tokens that are: (N,)."""
         targets = text if to == "text" else image
-        row_size = 8 * self.config.n_embd * (self.config.n_text + self.config.n_image)  # of one block
-        rows = max(1, (2 ** 22 if targets.device.type == "cpu" else 2 ** 26) // row_size)
+        row_size = 8 * self.config.n_embd * (self.config.n_text + self.config.n_image)  # MLP: 4 C, twice
+        rows = max(1, (2 ** 22 if targets.device.type == "cpu" else 2 ** 26) // row_size)  # to save memory
         nll = []
         for some_text, some_image, some_targets in zip(*(x.split(rows) for x in (text, image, targets))):
             h = self.transformer(self.embed(some_text, some_image, to))
@@ -464,8 +444,8 @@ class BiART(nn.Module):
 # -----------------------------------------------------------------------------
 # Decoding
 
-# Guidance drops tokens that are less likely than this times the likeliest one. A thing of a kind never seen
-# begins at such odds: with 0.03, some captions gave nothing but empty pictures.
+# With guidance, tokens whose p is below this share of the largest p are never chosen. Kinds of things that
+# training never showed begin with a p so small that 0.03 would forbid them: some pictures stayed empty.
 PLAUSIBLE = 0.003
 
 @dataclass
@@ -481,10 +461,8 @@ def uniform_noise(seeds, n):
     return torch.stack([torch.rand(n, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 def sample_token(logits, uniform, sampling):
-    """
-    logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one
-    random number a token.
-    """
+    """logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one
+    random number a token."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
     ranked = sampling.top_k > 0 or sampling.top_p < 1
@@ -509,10 +487,8 @@ class KVCache:
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
 
     def attend(self, layer, q, k, v):
-        """
-        Keep k and v of one block, and attend: q, k, v (B, nh, T, hs) -> (B, nh, T, hs). First comes the
-        prompt, with causal_attention; then single tokens (T = 1), each of which sees all before it.
-        """
+        """Keep k and v of one block, and attend: q, k, v (B, nh, T, hs) -> (B, nh, T, hs). First comes the
+        prompt, with causal_attention; then single tokens (T = 1), each of which sees all before it."""
         if layer == len(self.kv):
             self.kv.append(k.new_zeros(2, *k.shape[:2], self.length, k.shape[3]))
             self.kv[layer][0, :, :, :k.shape[2]] = k
@@ -532,10 +508,8 @@ class KVCache:
             self.kv[layer] = kv.index_select(1, rows)
 
 class GraphedStep:
-    """
-    step(x) on CUDA as a graph: one launch instead of one a kernel. The first call warms up, the second is
-    recorded. If the device refuses, all calls run kernel by kernel.
-    """
+    """step(x) on CUDA as a graph: one launch instead of one a kernel. The first call warms up, the second is
+    recorded. If the device refuses, all calls run kernel by kernel."""
     def __init__(self, step):
         self.step, self.calls, self.graph = step, 0, None
 
@@ -587,10 +561,8 @@ def linear_after(f, x, layer, *params):
     return F.linear(f(x, *params), layer.weight, layer.bias)
 
 class LinearAfter(torch.autograd.Function):
-    """
-    F.linear(f(x, *params), weight, bias). For the backward pass it keeps x, and computes f(x) again: for a
-    layer norm or GELU that takes little time, and f(x) would take as much memory as x.
-    """
+    """F.linear(f(x, *params), weight, bias). For the backward pass it keeps x, and computes f(x) again: for a
+    layer norm or GELU that takes little time, and f(x) would take as much memory as x."""
     @staticmethod
     def forward(ctx, f, x, weight, bias, *params):
         ctx.f, ctx.has_bias = f, bias is not None

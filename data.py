@@ -34,15 +34,14 @@ from math import ceil, inf
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 class Unreadable(ValueError):
     """An image or a caption file cannot be read. The message is a sentence that names it."""
 
 class Dataset:
-    """
-    len(); captions(i) -> list of str; image(i, min_side=0) -> PIL image in RGB, perhaps smaller, but no side
-    below min_side; fingerprint() -> hash of all but the pixels. captions() and image() raise Unreadable.
+    """len(); captions(i) -> list of str; image(i, min_side=0) -> PIL image in RGB, which may be scaled down
+    while its sides stay >= min_side; fingerprint() -> hash of all but the pixels. Both may raise Unreadable.
     """
     captioned = True  # False: captions(i) is always empty
     shard_starts = None  # of tar shards: the first sample of each
@@ -64,7 +63,7 @@ def read_folder(folder):
     return ImageFiles(folder, folder, {path: [] for path in list_files(folder) if is_image(path)})
 
 class ImageFiles(Dataset):
-    """Images below a folder: {path: captions}. The user named the `source`. ValueError if empty."""
+    """Images below a folder, {path: captions}. Errors name `source`. ValueError if it holds no `what`."""
 
     def __init__(self, source, folder, captions, what="image"):
         self.folder, self.n, self.captioned = folder, len(captions), any(captions.values())
@@ -161,11 +160,9 @@ def read_tsv(path):
     return ImageFiles(path, os.path.dirname(path), captions, "captioned image")
 
 def load_image(file, min_side=0, name=None, formats=None):
-    """
-    A path, or an open file and its name -> to_rgb() of it. With min_side, a JPEG is decoded at 1/2, 1/4 or
+    """A path, or an open file and its name -> to_rgb() of it. With min_side, a JPEG is decoded at 1/2, 1/4 or
     1/8 of its size, if its shorter side keeps min_side pixels. formats: the only ones to accept, in Pillow's
-    names. Raises Unreadable, also above twice Pillow's MAX_IMAGE_PIXELS.
-    """
+    names. Raises Unreadable, also above twice Pillow's MAX_IMAGE_PIXELS."""
     try:
         with Image.open(file, formats=formats) as image:
             if min_side:
@@ -178,10 +175,16 @@ def load_image(file, min_side=0, name=None, formats=None):
             why = "unknown format"
         raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
 
+# EXIF's orientations, and what undoes each
+UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
+           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+
 def to_rgb(image):
     """PIL image -> RGB: upright by its EXIF tag, transparency over white, 16-bit grey as 8 bits."""
     with contextlib.suppress(Exception):  # EXIF data may be broken, too
-        ImageOps.exif_transpose(image, in_place=True)
+        orientation = image.getexif().get(0x0112)
+        if orientation in UPRIGHT:
+            image = image.transpose(UPRIGHT[orientation])
     if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
         image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
@@ -239,7 +242,7 @@ class Tar(Dataset):
     def __init__(self, paths, index_dir="", log=""):
         indices = {}
         for [path] in progress(random.Random().sample(paths, len(paths)), 1, "indexing tar shards"):
-            indices[path] = index_shard(path, index_dir, log)  # at random: ranks share the work
+            indices[path] = index_shard(path, index_dir, log)  # ranks take random orders, to share the work
         samples = np.concatenate([indices[path] for path in paths])
         shard = np.repeat(np.arange(len(paths)), [len(indices[path]) for path in paths])
         has_text = samples[:, 3] > 0
@@ -277,16 +280,17 @@ def expand_shards(pattern):
         for choice in choices:
             found += expand_shards(pattern[:brace.start()] + choice + pattern[brace.end():])
     else:
-        found = sorted(glob.glob(os.path.join(pattern, "*.tar") if os.path.isdir(pattern) else pattern))
+        if os.path.isdir(pattern):
+            pattern = os.path.join(glob.escape(pattern), "*.tar")
+        found = sorted(glob.glob(pattern))
     if not found:
         raise ValueError(f"there is no tar shard {pattern}")
     return found
 
 def index_shard(path, index_dir="", log=""):
-    """
-    -> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). The index is kept beside
-    the shard or, if that fails, in index_dir. Of a damaged shard, which the log names, it has whole samples.
-    """
+    """-> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). The index is kept
+    beside the shard or, if that fails, in index_dir. Of a damaged shard it has only the whole samples, and
+    the log names the shard."""
     stat = os.stat(path)
     name = f"{os.path.basename(path)}.{stat.st_size:x}.{stat.st_mtime_ns:x}.npy"  # new for a new shard
     kept = [os.path.join(os.path.dirname(path), name)]
@@ -299,8 +303,8 @@ def index_shard(path, index_dir="", log=""):
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, name = os.path.split(member.name)
-                key, _, extension = name.partition(".")  # the files of a sample share the key
+                folder, file_name = os.path.split(member.name)
+                key, _, extension = file_name.partition(".")  # the files of a sample share the key
                 kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
                 whole = member.isreg() and member.offset_data + member.size <= stat.st_size
                 if whole and kind in ("image", "txt"):
@@ -320,6 +324,9 @@ def index_shard(path, index_dir="", log=""):
             np.save(f, index)
             break
     return index
+
+# -----------------------------------------------------------------------------
+# Settings, and the data set that they name
 
 @dataclass
 class DataConfig:
@@ -373,7 +380,7 @@ class Subset(Dataset):
 # Pictures and tensors
 
 def crop_to_tensor(image, size, scale=1.0, rng=None):
-    """PIL image -> (3, size, size) in [-1, 1]: the centre square; with rng, any one >= `scale` its area."""
+    """PIL image -> (3, size, size) in [-1, 1]: its centre square, or with rng a random one."""
     w, h = image.size
     side = min(w, h)
     x, y = (w - side) // 2, (h - side) // 2
@@ -432,10 +439,8 @@ def batches(view, batch_size, *, seed=0, start=0, rank=0, world=1, workers=0, lo
     return read_batches(view.item, order, len(view), replace=True, seed=seed, log=log, workers=workers)
 
 def sample_order(n, batch_size, seed=0, start=0, rank=0, world=1, shard_starts=None):
-    """
-    Yield one rank's batches of (index, position), endlessly. Positions count the samples of all ranks, so any
-    number of ranks can resume at `start`. Each epoch is a new permutation. A batch may span two.
-    """
+    """Yield one rank's batches of (index, position), endlessly. Positions count the samples of all ranks, so
+    any number of ranks can resume at `start`. Each epoch is a new permutation. A batch may span two."""
     epoch, first = -1, start + rank * batch_size
     while True:
         batch = []
@@ -455,9 +460,9 @@ def epoch_order(epoch, n, batch_size, seed, world, shard_starts):
     shards = np.split(np.arange(n), shard_starts[1:])
     in_order = np.concatenate([shards[s] for s in torch.randperm(len(shards), generator=generator)])
     delays = torch.rand(n, generator=generator, dtype=torch.float64) * SHUFFLE_BUFFER
-    ranks = np.arange(epoch * n, (epoch + 1) * n) // batch_size % world  # who reads when
+    ranks = np.arange(epoch * n, (epoch + 1) * n) // batch_size % world  # which rank reads a position
     order = np.empty_like(in_order)
-    # rank 0's positions get the first part, rank 1's the next, ...
+    # A sample moves by less than SHUFFLE_BUFFER. Rank 0's positions get the first part, and so on
     order[np.argsort(ranks, kind="stable")] = in_order[(torch.arange(n) + delays).argsort().numpy()]
     return order
 
@@ -484,16 +489,14 @@ class BatchReader(torch.utils.data.Dataset):
         return samples, n_reads, faults
 
 def read_batches(read, keys, n, *, replace=False, seed=0, log="", workers=0):
-    """
-    For each batch of (index, position), yield a list of read(index, rng), except where that is Unreadable.
+    """For each batch of (index, position), yield a list of read(index, rng), except where that is Unreadable.
     With `replace`, for training, random others take their place, and samples are stacked. rng depends on seed
-    and position. The log names each fault once. OSError if over half of the first 1,000 reads fail.
-    """
+    and position. The log names each fault once. OSError if over half of the first 1,000 reads fail."""
     loader = torch.utils.data.DataLoader(
         BatchReader(read, n, replace, seed), batch_size=None, sampler=keys, collate_fn=tuple,
         num_workers=workers, pin_memory=torch.cuda.is_available(),
         generator=torch.Generator())  # not the global one
-    few = 500 if replace else min(n, 1000) / 2  # training reads samples often
+    few = 500 if replace else min(n, 1000) / 2  # so few failures are no error yet
     logged, reads, failures = set(), 0, 0
     for samples, n_reads, faults in loader:
         reads, failures = reads + n_reads, failures + len(faults)
@@ -535,7 +538,8 @@ def count_read_errors(log):
 def validation_subset(dataset, count, log=""):
     """`count` random samples that can be read (all, if fewer): the same each time."""
     def read(i, rng):
-        dataset.captions(i), dataset.image(i, 64)
+        dataset.captions(i)  # may raise Unreadable
+        dataset.image(i, 64)
         return i
 
     kept, order = [], np.random.RandomState(0).permutation(len(dataset)).tolist()
@@ -558,17 +562,15 @@ def all_captions(dataset, log=""):
 #     key.json               what the tokens depend on
 #     00000.npy, 00001.npy   1,024 samples each: a row for each that can be read
 #
-# A row holds `codes` (crops, n_image), `n_texts`, and `texts` (most texts of a row, n_text), in uint16.
+# A row holds `codes` (crops, n_image), `n_texts`, and `texts` (the largest n_texts, n_text), in uint16.
 # A block gets its name when it is whole, so a killed run can be finished.
 
 BLOCK = 16 * CHUNK
 
 class Tokens:
-    """
-    The view of a token cache, for BiART. Its files are mapped: a machine's processes share one copy.
+    """The view of a token cache, for BiART. Its files are mapped: a machine's processes share one copy.
     item(i, rng) -> ids (n_text,) of a random caption, codes (n_image,) of a random crop, and whether to blank
-    the reference side, for guidance: a bool, true with probability null_prob.
-    """
+    the reference side, for guidance: a bool, true with probability null_prob."""
     shard_starts = None
 
     def __init__(self, folder, null_prob=0.0):
@@ -623,19 +625,18 @@ class TokenSource:
         return ids, n_cut, torch.stack(crops)
 
 def cache_tokens(source, encode, folder, *, own=False, rank=0, world=1, all_reduce=lambda x: x):
-    """
-    Encode a TokenSource into a folder, for Tokens(). The ranks share the missing blocks. encode: images
-    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. ValueError if
-    the folder holds other tokens (a run's `own` are made anew), or if ids or codes exceed 65,535; OSError if
-    most samples cannot be read.
-    """
+    """Encode a TokenSource into a folder, for Tokens(). The ranks share the missing blocks. encode: images
+    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. If the folder
+    holds other tokens: with `own`, they are replaced; else ValueError. ValueError also if ids or codes exceed
+    65,535. OSError if most samples cannot be read."""
     if len(source.tokenizer) > 65536:
         raise ValueError(f"a token cache holds ids up to 65535, not {len(source.tokenizer):,} tokens")
     key, key_file = source.key(), os.path.join(folder, "key.json")
     found = json.loads(read_text(key_file)) if os.path.exists(key_file) else {}
     differ = [name for name, value in key.items() if found and found.get(name) != value]
-    if differ and not own:
-        raise ValueError(f"{folder} holds tokens of another {' and '.join(differ)}: remove it")
+    foreign = not found and glob.glob(os.path.join(glob.escape(folder), "*.npy"))
+    if (differ or foreign) and not own:
+        raise ValueError(f"{folder} holds tokens of another {' and '.join(differ) or 'project'}: remove it")
     if rank == 0 and (differ or not found):
         os.makedirs(folder, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
@@ -665,7 +666,7 @@ def encode_blocks(source, encode, paths, indices):
                 raise ValueError(f"a token cache holds codes up to 65535, not {codes.max()}")
             samples += zip(texts, codes.reshape(len(found), source.crops, -1))
         end = chunk[-1] + 1
-        if end % BLOCK > 0 and end < n:
+        if end % BLOCK > 0 and end < n:  # the block has more chunks
             continue
         rows = np.zeros(0)
         if samples:
@@ -701,14 +702,14 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# How a scene's captions begin, and their article. The first N_FULL leave no attribute out. N_BACKWARD name
-# the right or lower thing first. If half did, a model would have to learn the relation words first.
+# Each caption of a scene: how it begins, and its article. The first N_FULL name all attributes. N_BACKWARD of
+# them name the right or lower thing first: only one, or models would have to learn the relation words first.
 PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
 N_FULL, N_BACKWARD = 4, 1
 SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
-# Pixels. Things are centred on this lattice, and most corners are on it or half-way. So patches of this side
-# look alike in many things, as parts of photographs do.
+# Pixels. Centres are multiples of this, and most corners are multiples of half of it. So different things
+# share many patches of this size, as photographs do.
 LATTICE = 4
 
 class Scenes(Dataset):
@@ -742,7 +743,7 @@ class Scenes(Dataset):
         return self.scene(i)[-1]
 
 def held_out(thing):
-    """Whether training never shows this kind (one in eight). It shows all pairs of attributes."""
+    """Whether training never shows such a thing (one in eight). It shows every pair of attributes, though."""
     size, colour, shape = list(SIZES).index(thing[0]), list(COLOURS).index(thing[1]), SHAPES.index(thing[2])
     return (colour + 3 * shape + 4 * size) % 8 == 0
 
@@ -751,8 +752,8 @@ def place_things(relation, rng):
     if not relation:
         return [(LATTICE * rng.randint(2, 8), LATTICE * rng.randint(2, 8))]
     centres = []
-    for along in rng.choice(((2, 7), (2, 8), (3, 8))):
-        along, across = LATTICE * along, LATTICE * rng.randint(4, 6)
+    for step in rng.choice(((2, 7), (2, 8), (3, 8))):  # of the left or upper thing, of the other
+        along, across = LATTICE * step, LATTICE * rng.randint(4, 6)
         centres.append((across, along) if relation in ("above", "below") else (along, across))
     return centres if relation in ("left of", "above") else centres[::-1]
 
@@ -772,22 +773,23 @@ def draw_things(things, centres, scale=4):
     return image.reduce(scale)
 
 def paraphrases(things, relation, rng):
+    """-> a caption for each of PHRASES"""
     captions, backward = [], rng.sample(range(len(PHRASES)), N_BACKWARD)
     for i, (beginning, article) in enumerate(PHRASES):
-        in_order, link = things, relation
-        if relation and (i in backward) == (relation in ("left of", "above")):
+        in_order, link, first_is_left = things, relation, relation in ("left of", "above")
+        if relation and first_is_left == (i in backward):  # name the other thing first
             in_order, link = things[::-1], OPPOSITE[relation]
-        words = [name_thing(thing, article, i < N_FULL, rng) for thing in in_order]
+        parts = [name_thing(thing, article, i < N_FULL, rng) for thing in in_order]
         if relation:
-            words.insert(1, "is " * (article == "the") + rng.choice(WORDS[link]))
-        captions.append(beginning + " ".join(words))
+            parts.insert(1, ("is " if article == "the" else "") + rng.choice(WORDS[link]))
+        captions.append(beginning + " ".join(parts))
     return captions
 
 def name_thing(thing, article, full, rng):
     """-> "a small red circle" or, unless `full`, a part: "a red circle", "something small"."""
-    kept = 7 if full else rng.randrange(1, 8)  # three bits, one for each attribute
-    words = [rng.choice(WORDS.get(word, (word,))) for i, word in enumerate(thing) if kept >> i & 1]
-    if not kept & 4:  # no shape
+    kept = 7 if full else rng.randrange(1, 8)  # bits: 1 keeps the size, 2 the colour, 4 the shape
+    words = [rng.choice(WORDS.get(word, (word,))) for word, bit in zip(thing, (1, 2, 4)) if kept & bit]
+    if not kept & 4:  # the shape is left out
         return "something " + " and ".join(words)
     if article == "a" and (words[0][0] in "aeiou" or words[0] == "hourglass"):
         article = "an"
@@ -862,7 +864,7 @@ def read_thing(pixels, distance, mask):
     cover = np.clip(distance / np.linalg.norm(colour - np.float32(BACKGROUND)), 0, 1) * mask
     ys, xs = np.nonzero(mask)
     x, y = int(xs.min() + xs.max()) // 2, int(ys.min() + ys.max()) // 2
-    around = np.pad(cover, 12)[y + 2:y + 24, x + 2:x + 23]  # room to move a template a little
+    around = np.pad(cover, 12)[y + 2:y + 24, x + 2:x + 23]  # templates may move by -1 to 2, -1 to 1
     fields = np.lib.stride_tricks.sliding_window_view(around, (19, 19))[:, :, None]  # (4, 3, 1, 19, 19)
     errors = np.square(fields - list(TEMPLATES.values())).sum((3, 4))  # (4, 3, templates)
     size, shape = list(TEMPLATES)[errors.min((0, 1)).argmin()]
@@ -877,14 +879,12 @@ def template(size, shape):
 TEMPLATES = {(size, shape): template(size, shape) for size in SIZES for shape in SHAPES}
 
 def one_caption_each(references):
-    """One of each sample's captions, by turns."""
+    """One caption of each sample: number i of sample i, counted round and round."""
     return [captions[i % len(captions)] for i, captions in enumerate(references)]
 
 def exact_rates(prompts, pictures, references, captions):
-    """
-    -> {"t2i": share of pictures that show what their prompts say, "i2t": share of captions true of their
-    scenes}; {} if these are no scenes. references: each scene's captions, a full one first.
-    """
+    """-> {"t2i": share of pictures that show what their prompts say, "i2t": share of captions true of their
+    scenes}; {} if these are no scenes. references: each scene's captions, a full one first."""
     scenes = [parse_caption(of_scene[0]) for of_scene in references]
     if not all(scenes):
         return {}

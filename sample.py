@@ -34,7 +34,7 @@ import signal
 import sys
 import threading
 from collections import Counter
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
@@ -67,9 +67,12 @@ class SampleConfig:
     keep_rows: int = 0  # with --image: rows of tokens to keep; --prompt or --variations paints the rest
     variations: bool = False  # with --image: paint what the captions say of it
     prefix: str = ""  # with --image: how the captions begin
-    reconstruct: tuple[str, ...] = ()  # show these images, and those in folders, over their reconstructions
+    reconstruct: tuple[str, ...] = ()  # show these images, and those in folders, beside their reconstructions
     eval: bool = False  # score reconstruction and both directions on validation data
     eval_items: int = 200  # validation samples to score
+    data: str = ""  # layout of other validation data than the run's, as for train.py
+    val_dir: str = ""  # that data
+    val_captions: str = ""  # coco: its captions JSON
     serve: bool = False  # open a page to paint and caption on, for this machine alone
     port: int = 8000  # of that page; 0 takes a free one
     export: str = ""  # write the weights of the run alone into this folder, parameters as float16
@@ -101,16 +104,14 @@ class SampleConfig:
 # A run: its models, and how they are sampled
 
 def load(out_dir="out", **settings):
-    """
-    A trained run, to use from Python. Settings are fields of SampleConfig. Raises ValueError where the run is
-    not complete or a setting is out of range.
+    """A trained run, to use from Python. Settings are fields of SampleConfig. Raises ValueError where the run
+    is not complete or a setting is out of range.
 
     >>> run = load("out")
     >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
     >>> captions = run.caption(pictures[0], n=2, prefix="there is")  # strings
     >>> scores = run.score(captions[0], pictures[0])  # {"t2i": log p(image | caption), "i2t": ...}, nats
-    >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)
-    """
+    >>> completed = run.paint("two crosses", image=pictures[0], keep_rows=4)"""
     return Run(make_config(SampleConfig, vars(SampleConfig(out_dir=out_dir, **settings))))
 
 class Run:
@@ -154,11 +155,9 @@ class Run:
                     "i2t": self.biart.log_likelihood(text, codes, "text")[0].item()}
 
     def paint_all(self, prompts, n=1, images=None, on_token=None, choose=None):
-        """
-        Captions -> for each, one after the other, a list of n records, best first: {"picture": PIL image,
+        """Captions -> for each, one after the other, a list of n records, best first: {"picture": PIL image,
         "prompt", and what candidates() says}. images: PIL images, one a caption, of which --keep_rows rows
-        are kept. choose: a function that picks records from all candidates instead of the best n.
-        """
+        are kept. choose: a function that picks records from all candidates instead of the best n."""
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
@@ -184,15 +183,13 @@ class Run:
                        for record in group]
 
     def candidates(self, ref, to, n, indices, prefix=None, on_token=None):
-        """
-        Generate, judge and rank: all uses come down to this.
+        """Generate, judge and rank: all uses come down to this.
 
         ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
         indices: the numbers of these inputs, for the seeds.
         -> for each input a list of at least n records, best first (as drawn with --rerank 1): {"tokens":
         (n_gen,), "seed": None for beams, "scores": {"forward": log p(candidate | input), "reverse":
-        log p(input | candidate)}, nats}.
-        """
+        log p(input | candidate)}, nats}."""
         c = self.config
         prefix = ref[:, :0] if prefix is None else prefix
         searching = to == "text" and c.beam > 0
@@ -221,7 +218,7 @@ class Run:
         return groups
 
     def rerank_score(self, record):
-        """What --rerank orders by. By `reverse` alone, a crippled circle would pass for a circle."""
+        """What --rerank orders by. By `reverse` alone, a deformed circle would count as a circle."""
         share, scores = self.config.rerank_forward, record["scores"]
         return share * scores["forward"] + (1 - share) * scores["reverse"]
 
@@ -240,7 +237,7 @@ class Run:
 
     def crop(self, image):
         """PIL image -> (3, size, size) in [-1, 1], as the models take it."""
-        return data.crop_to_tensor(image.convert("RGB"), self.vae.config.image_size)
+        return data.crop_to_tensor(data.to_rgb(image), self.vae.config.image_size)
 
     def encode(self, images):
         """PIL images -> codes LongTensor (B, n), finest grid first, and the crops (B, 3, size, size)."""
@@ -262,7 +259,7 @@ class Run:
             ids, cut = self.tokenizer.encode_padded(caption, n_text)
             rows.append(ids)
             if cut:
-                print(f"warning: the prompt is longer than {n_text - 1} tokens and was cut to "
+                print(f"warning: a caption is longer than {n_text - 1} tokens and was cut to "
                       f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
         return torch.tensor(rows, device=self.context.device)
 
@@ -283,10 +280,8 @@ class Run:
 # Files in, files out
 
 def read_images(run, paths):
-    """
-    Image files and folders -> records {"image": path, "picture": PIL image, as the models take it}. In a
-    folder, unreadable images are left out with a warning. ValueError for others and for an empty folder.
-    """
+    """Image files and folders -> records {"image": path, "picture": PIL image, as the models take it}. In a
+    folder, unreadable images are left out with a warning. ValueError for others and for an empty folder."""
     records = []
     for path in paths:
         files, n_before = [path], len(records)
@@ -304,10 +299,8 @@ def read_images(run, paths):
     return records
 
 def save_samples(run, name, rows, columns):
-    """
-    Write records: each picture, as soon as it is there, to {name}_{i}.png; what is known of them to
-    samples.json; and all of them over their captions to sheets, {name}.png, {name}_sheet_2.png, ...
-    """
+    """Write records: each picture, as soon as it is there, to {name}_{i}.png; what is known of them to
+    samples.json; and all of them over their captions to sheets, {name}.png, {name}_sheet_2.png, ..."""
     entries = []
     for record in itertools.chain.from_iterable(rows):
         file = f"{name}_{len(entries)}.png"
@@ -315,7 +308,7 @@ def save_samples(run, name, rows, columns):
         record["picture"].save(path)
         known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
         entries.append({"file": file, **known})
-        print(f"{record.get('image', path)}: {label(record)}")
+        print(f"{path}: {label(record)}")
     save_json(run, "samples", entries)
     on_sheet = 64 * columns
     for start in range(0, len(entries), on_sheet):
@@ -340,17 +333,17 @@ def label(record):
     return record["image"]
 
 def sheet_columns(group_size):
-    """Pictures side by side: those of one input, if they are 2 to 16."""
+    """Pictures side by side on a sheet: those of one input if they are 2 to 16, else 8."""
     return group_size if 2 <= group_size <= 16 else 8
 
 def reconstruct(run, paths):
-    """Images over what their tokens keep of them."""
-    shown, rows = read_images(run, paths), []
-    for row in data.progress(shown, 8, "reconstruction"):
-        decoded = run.decode(run.encode([record["picture"] for record in row])[0])
-        rows += [row, [{"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}
-                       for record, x in zip(row, decoded)]]
-    save_samples(run, "reconstructed", rows, min(8, len(shown)))
+    """Images, each beside what its tokens keep of it."""
+    shown, pairs = read_images(run, paths), []
+    for some in data.progress(shown, 8, "reconstruction"):
+        decoded = run.decode(run.encode([record["picture"] for record in some])[0])
+        for record, x in zip(some, decoded):
+            pairs.append([record, {"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}])
+    save_samples(run, "reconstructed", pairs, 2 * min(4, len(shown)))
 
 def caption_files(run):
     """--image: n captions of each image."""
@@ -367,7 +360,7 @@ def repaint_files(run):
         run.check_kept(images)
     if c.variations:
         captioned = list(run.caption_all(images, n))
-        n = len(captioned[0])  # --beam may find fewer
+        n = len(captioned[0])  # with --beam, at most that many
         prompts = [record["caption"] for group in captioned for record in group]
         painted = run.paint_all(prompts, 1, [image for image in images for _ in range(n)])
     else:
@@ -384,7 +377,7 @@ def paint_prompts(run):
     save_samples(run, "painted", run.paint_all(prompts, c.n), sheet_columns(c.n))
 
 def show_both_directions(run, dataset):
-    """Validation samples: rows painted from their captions, over rows of their images, captioned."""
+    """Validation samples: a row painted from their captions, then a row of their images, captioned anew."""
     items, columns = range(len(dataset)), min(8, len(dataset))
     references = [dataset.captions(i) for i in items]
     painted = [group[0] for group in run.paint_all([captions[0] for captions in references])]
@@ -458,11 +451,9 @@ class FIDInception(nn.Module):
         return torch.cat(features)
 
 def frechet_distance(x, y):
-    """
-    FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)).
-    The QR decomposition of centred features gives their covariance C = R'R, and the last trace is the sum of
-    the singular values of R_x R_y'. This needs no matrix square root, and is exact where N < D, too.
-    """
+    """FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)). The
+    QR decomposition of centred features gives their covariance C = R'R, and the last trace is the sum of the
+    singular values of R_x R_y'. This needs no matrix square root, and is exact where N < D, too."""
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID needs two sets of at least 2 images, not {len(x)} and {len(y)}")
     x, y = x.double(), y.double()
@@ -480,10 +471,8 @@ WORD = re.compile(rf"{ABBREVIATION}|{ENDING}|\d+(?:[.,:]\d+)+|[#@]?\w+(?:[-/.']+
 PUNCTUATION = set(".,:;?!-'\"`()[]{}…–—“”‘")
 
 def caption_words(caption):
-    """
-    The words of a caption by the MS-COCO convention: the Penn Treebank's, in lower case, without punctuation.
-    "A dog's t-shirt isn't here!" -> ["a", "dog", "'s", "t-shirt", "is", "n't", "here"]
-    """
+    """The words of a caption by the MS-COCO convention: the Penn Treebank's, in lower case, without
+    punctuation. "A dog's t-shirt isn't here!" -> ["a", "dog", "'s", "t-shirt", "is", "n't", "here"]"""
     text = caption.lower().replace("’", "'")
     text = re.sub(r"\b(can(?=not\b)|(?:gon|wan)(?=na\b)|got(?=ta\b)|(?:gim|lem)(?=me\b))", r"\1 ", text)
     text = re.sub(rf"(?<=\w)(n't\b|{ENDING})", r" \1", text)
@@ -587,12 +576,14 @@ def load_metric(run, network):
     except OSError as error:
         if run.config.download:
             raise
-        print(f"{network.__name__} is left out: {error}")
+        print(f"{network.__name__} is left out ({error}); --download fetches it")
 
 def reconstruction_scores(run, val, inception=None):
     """-> "psnr", "ssim", "l1", "lpips" and "rfid" where there are weights; "codebook_use", "perplexity"."""
     lpips = load_metric(run, augvae.LPIPS)
-    metrics = {"psnr": psnr, "ssim": ssim, "l1": l1}
+    metrics = {"psnr": psnr, "l1": l1}
+    if run.vae.config.image_size >= 11:  # the side of its window
+        metrics["ssim"] = ssim
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     totals, originals, reconstructions = dict.fromkeys(metrics, 0.0), [], []
@@ -612,11 +603,9 @@ def reconstruction_scores(run, val, inception=None):
     return scores
 
 def likelihood_scores(run, val):
-    """
-    -> "t2i_bits", "i2t_bits": bits per generated token; "t2i_recall1", "t2i_recall5": how often the right
+    """-> "t2i_bits", "i2t_bits": bits per generated token; "t2i_recall1", "t2i_recall5": how often the right
     image is among the one or five that explain a caption best, by log p(caption | image); "i2t_recall1",
-    "i2t_recall5": the same of the captions that explain an image.
-    """
+    "i2t_recall5": the same of the captions that explain an image."""
     text = run.tokenize(data.one_caption_each([val.captions(i) for i in range(len(val))]))
     image = torch.cat([run.encode([val.image(i) for i in indices])[0]
                        for indices in data.progress(range(len(val)), 50, "encoding")])
@@ -639,11 +628,9 @@ def likelihood_scores(run, val):
     return scores
 
 def generation_scores(run, dataset, inception=None):
-    """
-    Paint a caption of each item and caption each image -> caption_scores(), "fid" and, of built-in scenes,
+    """Paint a caption of each item and caption each image -> caption_scores(), "fid" and, of built-in scenes,
     "t2i_exact", "i2t_exact", the shares that are right in everything said. These are of the candidates drawn
-    first. With --rerank the best ones are scored, too: "..._rerank".
-    """
+    first. With --rerank the best ones are scored, too: "..._rerank"."""
     references = [dataset.captions(i) for i in range(len(dataset))]
     images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
     prompts, n, scores = data.one_caption_each(references), run.config.rerank, {}
@@ -695,16 +682,15 @@ class PageServer(ThreadingHTTPServer):
         content = {"title": Path(run.config.out_dir).absolute().name, "side": run.image_side,
                    "prompts": run.examples(), "max_bytes": MAX_BYTES,
                    "settings": {name: getattr(run.config, name) for name in REQUEST}}
-        text = json.dumps(content).replace("<", "\\u003c")  # no "</script>" in it ends the script
+        text = json.dumps(content).replace("<", "\\u003c")  # so "</script>" in a prompt cannot end the script
         template = Path(__file__).with_name("assets") / "page.html"
         self.page = template.read_text(encoding="utf-8").replace(">DATA<", f">{text}<").encode()
 
 class PageHandler(BaseHTTPRequestHandler):
-    """
-    GET / answers with the page. POST /paint and /caption answer with lines of JSON: {"notes": [sentences]};
-    as tokens come, {"known": number, "pictures": [URLs]} or {"captions": [...]}; last {"records": [...]} or
-    {"error": sentence}. Writing to a client that has left raises OSError, and this ends its work.
-    """
+    """GET / answers with the page. POST /paint and /caption answer with lines of JSON: {"notes":
+    [sentences]}; as tokens come, {"known": number, "pictures": [URLs]} or {"captions": [...]}; last
+    {"records": [...]} or {"error": sentence}. Writing to a client that has left raises OSError, and this ends
+    its work."""
     timeout = 20  # seconds that one read or write may take
     started = False  # whether the status has been sent
 
@@ -722,7 +708,7 @@ class PageHandler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def answer(self):
-        host = self.headers.get("Host", "")  # not ours: DNS rebinding. Origin: the site that asks
+        host = self.headers.get("Host", "")  # another name for this machine: DNS rebinding, an attack
         ours = host.split(":")[0] in ("localhost", "127.0.0.1")
         if not ours or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             raise ValueError("this server answers its own page only")
@@ -780,7 +766,8 @@ def read_request(run, path, body):
     for name, value in asked.items():
         if not isinstance(value, REQUEST.get(name, ())):
             raise ValueError(f"{name[:50]} cannot be {str(value)[:50]!r}")
-    prompt, image, n = asked.pop("prompt", ""), asked.pop("image", ""), asked.pop("n", run.config.n)
+    prompt, image = asked.pop("prompt", "").strip(), asked.pop("image", "")
+    n = asked.pop("n", run.config.n)
     if len(prompt) > MAX_CHARACTERS:
         raise ValueError(f"the prompt is longer than {MAX_CHARACTERS} characters")
     run = run.with_settings(**asked, n=n, rerank=n)
@@ -789,7 +776,7 @@ def read_request(run, path, body):
     if path == "/caption" or image:
         file = io.BytesIO(base64.b64decode(image))
         image = data.load_image(file, name="the file", formats=("PNG", "JPEG", "GIF", "WEBP", "BMP"))
-    if bool(prompt.strip()) != (path == "/paint"):
+    if bool(prompt) != (path == "/paint"):
         raise ValueError("/paint needs a prompt, and /caption an image alone")
     return run, prompt, image or None
 
@@ -802,10 +789,8 @@ def data_url(picture):
 # Export and speed
 
 def export(run, folder):
-    """
-    augvae_sl.pt, biart.pt and tokenizer.json without what training needs, to be used as a run. Parameters
-    become float16. The codebook stays float32: codes are chosen by small differences.
-    """
+    """augvae_sl.pt, biart.pt and tokenizer.json without what training needs, to be used as a run. Parameters
+    become float16. The codebook stays float32: codes are chosen by small differences."""
     if os.path.isdir(folder) and os.path.samefile(folder, run.config.out_dir):
         raise ValueError(f"--export {folder} would overwrite the run: name another folder")
     os.makedirs(folder, exist_ok=True)
@@ -862,8 +847,8 @@ def check_uses(c, given):
         refuse(name in given and not "".join(given[name]).strip(), f"--{name} is empty")
     for name in ("keep_rows", "variations", "prefix"):
         refuse(getattr(c, name) and not c.image, f"--{name} needs --image")
-    uses = [f"--{name}" for name in ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export")
-            if getattr(c, name)]
+    uses = ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export", "bench")
+    uses = [f"--{name}" for name in uses if getattr(c, name)]
     refuse(len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses")
     refuse(c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many")
     refuse(c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too")
@@ -877,8 +862,7 @@ def check_uses(c, given):
 
 def open_validation(run, given):
     """The validation data of the run or the command line; and scenes with things never seen, or None."""
-    names = {f.name for f in fields(data.DataConfig)}
-    named = {name: value for name, value in given.items() if name in names}
+    named = {name: given[name] for name in ("data", "val_dir", "val_captions") if name in given}
     config = make_settings({**run.settings, **named}, "biart").data
     val = data.open_data(config, "val")
     if not val.captioned:
@@ -886,7 +870,7 @@ def open_validation(run, given):
     return val, data.open_data(config, "heldout") if config.data == "scenes" else None
 
 def main(argv):
-    given = parse(argv, __doc__, SampleConfig, data.DataConfig)
+    given = parse(argv, __doc__, SampleConfig)
     config = make_config(SampleConfig, given)
     check_uses(config, given)
     if config.bench:
@@ -917,3 +901,5 @@ if __name__ == "__main__":
         main(sys.argv[1:])
     except (ValueError, OSError) as error:
         sys.exit(f"sample.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit("sample.py: interrupted")

@@ -73,7 +73,7 @@ def learn_merges(word_counts, first_id, n_merges):
             words = [replace_pair(word, best, first_id + len(merges)) for word in words]
             merges.append(best)
     """
-    # Faster: count again only in words with the merged pair. Outdated counts leave the heap at its top.
+    # Faster: count again only in words with the merged pair. Outdated counts are dropped at the heap's top.
     words, counts = [list(word) for word in word_counts], list(word_counts.values())
     pair_counts = Counter()
     pair_words = defaultdict(set)  # pair -> words that have or had it
@@ -106,10 +106,10 @@ def learn_merges(word_counts, first_id, n_merges):
 
 def apply_merges(ids, pair_ids):
     """Merges one word, the earliest learned pair first: ([1, 2, 2], {(2, 2): 8, (1, 8): 9}) -> [9]."""
-    ids = [*ids, None]  # None joins nothing. This one ends the word and, as ids[-1], stands before it too
+    ids = [*ids, None]  # no pair has None: it is behind the last id and, as ids[-1], before the first
     before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids)))  # neighbours not merged away
     heap = sorted((pair_ids[pair], i, i + 1) for i, pair in enumerate(pairs(ids)) if pair in pair_ids)
-    while heap:
+    while heap:  # a sorted list is a heap
         new_id, i, j = heappop(heap)  # the earliest merge has the smallest id
         if pair_ids.get((ids[i], ids[j])) != new_id:
             continue  # an earlier one took i or j
@@ -132,7 +132,7 @@ def trained_words(text):
 def clip_words(text):
     r"""Cleans and cuts text as CLIP does: " IT&#39;s\n 20  ⅷ." -> ["it", "'s", "2", "0", "ⅷ", "."]"""
     text = html.unescape(html.unescape(text))  # CLIP also calls ftfy, we do not
-    text = re.sub(r"[^\S\x1c-\x1f]+", " ", text)  # \s in Python, not in CLIP's package `regex`
+    text = re.sub(r"[^\S\x1c-\x1f]+", " ", text)  # all \s but \x1c-\x1f, which CLIP's regex does not count
     return clip_pattern().findall(text.strip().lower())
 
 @functools.cache
@@ -183,7 +183,7 @@ class Tokenizer:
         self.end, self.pad = len(self.vocab), len(self.vocab) + 1
         self.vocab += [b"", b""]
         self.cache = {}  # word -> ids
-        if clip:  # we pad with its start token
+        if clip:  # its last two ids are start and end; we pad with start
             self.end, self.pad = self.pad, self.end
             self.cache = {"<|startoftext|>": [self.pad], "<|endoftext|>": [self.end]}
 

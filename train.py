@@ -81,7 +81,7 @@ class TrainConfig:
     vocab_size: int = 8192  # largest text vocabulary to train
     tokenizer: str = ""  # use this vocabulary instead: tokenizer.json, or CLIP's .txt.gz
     cache_tokens: str = ""  # folder for the data as tokens, which runs can share; empty: tokens/ in out_dir
-    cache_crops: int = 1  # random crops of a training image to keep as tokens; 1 is the centre crop
+    cache_crops: int = 1  # crops of a training image to keep as tokens; 1: the centre, more: random ones
     # Validation and log
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
@@ -93,11 +93,12 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: saves memory, takes time
     bench: bool = False  # time a step of a stage on random data instead of training
 
-    limits = {"max_iters": (0, inf), "epochs": (0, inf), "batch_size": (1, inf), "learning_rate": (0, inf),
-              "gradient_accumulation_steps": (1, inf), "warmup_iters": (0, inf), "min_lr": (0, inf),
-              "weight_decay": (0, inf), "beta2": (0, 0.9999), "grad_clip": (0, inf), "lpips_weight": (0, inf),
-              "token_grid": (1, inf), "vocab_size": (258, 65536), "cache_crops": (1, inf),
-              "eval_interval": (1, inf), "eval_images": (1, inf), "log_interval": (1, inf)}
+    limits = {"seed": (0, 2 ** 31), "max_iters": (0, inf), "epochs": (0, 1e6), "batch_size": (1, inf),
+              "gradient_accumulation_steps": (1, inf), "learning_rate": (0, inf), "warmup_iters": (0, inf),
+              "min_lr": (0, inf), "weight_decay": (0, inf), "beta2": (0, 0.9999), "grad_clip": (0, inf),
+              "lpips_weight": (0, inf), "token_grid": (1, inf), "vocab_size": (258, 65536),
+              "cache_crops": (1, inf), "eval_interval": (1, inf), "eval_images": (1, inf),
+              "log_interval": (1, inf)}
     choices = {"stage": (*STAGES, "all"), "preset": ("tiny", "small", "released"),
                "optimizer": ("adamw", "muon"), "loss": tuple(LOSSES),
                "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -193,7 +194,8 @@ def train(settings):
             stopping = caught > 0
 
             # Step. If loss or gradient is not finite, all ranks skip it
-            finite, lr = math.isfinite(loss + grad_norm), get_lr(progress.step, config, progress.max_iters)
+            finite = math.isfinite(loss + grad_norm)
+            lr = get_lr(progress.step, config, progress.max_iters)
             if finite:
                 for group in optimizer.param_groups:
                     group["lr"] = lr
@@ -201,7 +203,7 @@ def train(settings):
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
             parts.update(objective.after_step(finite))  # AugVAE's codebook takes its own step
-            last = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **parts}
+            last = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **parts}  # parts: of the last micro-step
             count_step(progress, finite, settings.path(".pt"))
             log.seconds += time.monotonic() - began
     if stopping or signals.number:
@@ -237,7 +239,7 @@ def get_lr(step, config, max_iters):
     return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
 
 def count_step(progress, finite, path):
-    """Raises ValueError after 20 skipped steps in a row."""
+    """Count a step, taken or skipped. Raises ValueError after 20 skipped steps in a row."""
     progress.step += 1
     progress.samples += progress.samples_per_step
     progress.val_loss = None
@@ -298,7 +300,7 @@ class AugVAEObjective(nn.Module):
         return {"codebook_use": use, "perplexity": perplexity}
 
     def picture(self, images):
-        """Images over their reconstructions."""
+        """-> a sheet: images over their reconstructions."""
         images = images[:8]
         pairs = torch.cat([images, self.model.decode(self.model.encode(images))])
         return data.contact_sheet([data.to_image(x) for x in pairs], columns=len(images))
@@ -387,10 +389,11 @@ def validation_batches(view, settings, context):
 def prepare_augvae(settings, train_set, val_set, _context):
     """-> objective, training view, validation view."""
     config = settings.train
-    if settings.stage == "augvae_ml" and not config.init_from:
+    resumed = config.resume and os.path.exists(settings.path(".pt"))
+    if settings.stage == "augvae_ml" and not resumed and not config.init_from:
         vae = AugVAE(settings.augvae)
     else:
-        vae = read_augvae("augvae_ml", settings)
+        vae = read_augvae(settings.stage if resumed else "augvae_ml", settings, resumed)
     if settings.stage == "augvae_ml" and vae.config.single_level:
         raise ValueError(f"{config.init_from} is an AugVAE-SL: --stage augvae_sl trains it")
     if settings.stage == "augvae_sl" and not vae.config.single_level:
@@ -429,14 +432,14 @@ def prepare_biart(settings, train_set, val_set, context):
         views.append(data.Tokens(os.path.join(folder, split), null_prob))
     return BiARTObjective(biart, vae, tokenizer, made_from), *views
 
-def read_augvae(stage, settings):
+def read_augvae(stage, settings, resumed=False):
     """The AugVAE of --init_from, or that of a stage of this run. It must agree with the command line."""
-    path = settings.train.init_from
+    path = "" if resumed else settings.train.init_from
     if not path:
         path = os.path.join(settings.train.out_dir, f"{stage}.pt")
         read_checkpoint(path, stage)  # if it is not there, this says which stage makes it
     vae = AugVAE.load(path)
-    if settings.stage != "biart":  # how to train; the other settings are what the model is
+    if settings.stage != "biart":  # these may differ from the checkpoint's
         vae.config.rate, vae.config.locality = settings.augvae.rate, settings.augvae.locality
     found = {**asdict(vae.config), "token_grid": vae.config.single_level or settings.train.token_grid}
     for key, value in found.items():
@@ -476,9 +479,9 @@ def save(settings, objective, optimizer, scaler, progress, context):
         content = {"stage": settings.stage, "settings": settings.given, **objective_key(objective),
                    "model": objective.model.state_dict(), "optimizer": optimizer.state_dict(),
                    "scaler": scaler.state_dict(), "progress": asdict(progress)}
-        save_checkpoint(settings.path(".pt"), content)
         if progress.val_loss == progress.best_val_loss:
             save_checkpoint(settings.path("_best.pt"), content)
+        save_checkpoint(settings.path(".pt"), content)  # last, so that a killed run saves both again
     context.barrier()  # the next stage reads it, on all ranks
 
 def save_checkpoint(path, content):
@@ -535,10 +538,8 @@ def make_config(cls, values):
     return cls(**values)
 
 def parse(argv, description, *configs):
-    """
-    The command line, `--name value` for each field of the config classes -> a dict of what it says. The
-    comment behind a field is its help; a comment on a line of its own begins a group.
-    """
+    """The command line, `--name value` for each field of the config classes -> a dict of what it says. The
+    comment behind a field is its help; a comment on a line of its own begins a group."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", description=description, allow_abbrev=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
@@ -601,10 +602,10 @@ class Context:
             torch.set_float32_matmul_precision("high")  # TF32; the codebook asks for full fp32 by itself
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
-            # Long, because rank 0 trains the tokenizer and draws pictures alone
+            # Long, because rank 0 draws pictures alone
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
         self.dtype = getattr(torch, best_dtype(self.device) if dtype == "auto" else dtype)
-        if dtype == "float16" and self.device.type != "cuda" or not works(self.autocast):
+        if (dtype == "float16" and self.device.type != "cuda") or not works(self.autocast):
             raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: float16 needs a CUDA device, "
                              "and bfloat16 a CUDA device or a CPU")
 
@@ -617,7 +618,7 @@ class Context:
         return [x.to(self.device, non_blocking=True) for x in batch]
 
     def all_reduce(self, tensor):
-        """-> the sum of a tensor over all ranks, where it was."""
+        """-> the sum of a tensor over all ranks, on its device. May overwrite the tensor."""
         if self.world == 1:
             return tensor
         total = tensor.to(self.device)  # NCCL adds up tensors on GPUs alone
@@ -697,11 +698,9 @@ def orthogonalise(matrix, steps=5):
     return x if wide else x.T
 
 class MuonAdamW(torch.optim.AdamW):
-    """
-    Muon for the parameter group named "muon", AdamW for the others. Muon's step is the momentum made
+    """Muon for the parameter group named "muon", AdamW for the others. Muon's step is the momentum made
     orthogonal, so a matrix learns equally fast in all directions (Jordan et al. 2024). It is as large as
-    AdamW's, so both take one learning rate (Liu et al. 2025, arXiv 2502.16982).
-    """
+    AdamW's, so both take one learning rate (Liu et al. 2025, arXiv 2502.16982)."""
     momentum = 0.95
 
     @torch.no_grad()
@@ -727,7 +726,7 @@ def make_optimizer(model, config, context, saved=None):
     """-> optimizer and gradient scaler, new or with a checkpoint's state. May raise ValueError."""
     matrices = set()
     if config.optimizer == "muon":
-        layers = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+        layers = (nn.Linear, nn.Conv2d)
         matrices = {module.weight for module in model.modules() if isinstance(module, layers)}
     groups = {"muon": [], "decay": [], "no_decay": []}
     for p in model.parameters():
@@ -759,7 +758,7 @@ def wrap(objective, config, context):
             if isinstance(module, (Block, ResBlock)):
                 module.forward = functools.partial(recomputed, module.forward)
     network = objective
-    if config.compile:  # which can neither look at values nor switch TF32 off, as these two do
+    if config.compile:  # torch.compile can neither switch TF32 off (nearest) nor look at values (collect)
         for name in ("nearest", "collect"):
             setattr(Codebook, name, torch.compiler.disable(getattr(Codebook, name)))
         network = torch.compile(network)
@@ -859,7 +858,7 @@ def random_objective(settings):
         c = replace(settings.biart, text_vocab=config.vocab_size, end_token=config.vocab_size - 1,
                     pad_token=config.vocab_size - 2, image_vocab=settings.augvae.codebook_size,
                     image_side=config.token_grid, code_dim=settings.augvae.codebook_dim)
-        text, image = (torch.randint(0, c.vocab(side) - 2, (B, c.length(side))) for side in ("text", "image"))
+        text, image = (torch.randint(0, c.vocab(m) - 2, (B, c.length(m))) for m in ("text", "image"))
         return BiARTObjective(BiART(c), None, None), [text, image, torch.zeros(B, dtype=torch.bool)]
     vae, side = AugVAE(settings.augvae), settings.augvae.image_size
     if settings.stage == "augvae_sl":
@@ -899,7 +898,8 @@ def check_settings(runs):
             raise ValueError(f"--batch_size {config.batch_size} is odd: half of a batch runs each way")
         if settings.stage == "biart" and config.tokenizer:
             Tokenizer.load(config.tokenizer)
-        if len(runs) > 1 and config.token_grid not in settings.augvae.levels:
+        levels_known = not (runs[0].train.init_from or config.resume)  # else a checkpoint has them
+        if len(runs) > 1 and levels_known and config.token_grid not in settings.augvae.levels:
             raise ValueError(f"--token_grid {config.token_grid} is none of --levels {settings.augvae.levels}")
         if os.path.exists(path) and not (config.resume or config.overwrite or config.bench):
             raise ValueError(f"{path} exists: --resume continues it, --overwrite starts anew, "
@@ -912,7 +912,7 @@ if __name__ == "__main__":
     except (ValueError, OSError) as error:
         status, text = 1, error
     except KeyboardInterrupt:
-        status, text = 1, "interrupted before training began; nothing was overwritten"
+        status, text = 1, "interrupted before training began; the checkpoints are as they were"
     except SystemExit as stopped:
         status = stopped.code
     if text:
