@@ -46,7 +46,7 @@ class AugVAEConfig:
     levels: tuple[int, ...] = (64, 32, 16, 8)  # sides of the token grids, finest first
     hidden: int = 128  # channels at ch_mult 1
     ch_mult: tuple[int, ...] = (1, 2, 4)  # first encoder, last decoder; m entries divide the side by 2^(m-1)
-    ch_mult_inner: tuple[int, ...] = (2, 4)  # all other encoders and decoders
+    ch_mult_inner: tuple[int, ...] = derived((2, 4))  # all other encoders and decoders
     n_res_blocks: int = 2  # residual blocks per resolution (decoders: one more)
     n_groups: int = 32  # of every GroupNorm
     attention: bool = False  # self-attention at each token grid's resolution

@@ -68,7 +68,6 @@ class TrainConfig:
     gradient_accumulation_steps: int = 1  # micro-steps to an optimizer step
     learning_rate: float = 1e-4  # after warm-up
     warmup_iters: int = 100  # steps of linear warm-up
-    min_lr: float = 1e-6  # at the end of the cosine
     optimizer: str = "adamw"  # adamw, or muon: Muon for the matrices of layers, AdamW for the rest
     weight_decay: float = 1e-5  # of weights with two or more dimensions
     beta2: float = 0.999  # of AdamW
@@ -95,7 +94,7 @@ class TrainConfig:
 
     limits = {"seed": (0, 2 ** 31), "max_iters": (0, inf), "epochs": (0, 1e6), "batch_size": (1, inf),
               "gradient_accumulation_steps": (1, inf), "learning_rate": (0, inf), "warmup_iters": (0, inf),
-              "min_lr": (0, inf), "weight_decay": (0, inf), "beta2": (0, 0.9999), "grad_clip": (0, inf),
+              "weight_decay": (0, inf), "beta2": (0, 0.9999), "grad_clip": (0, inf),
               "lpips_weight": (0, inf), "token_grid": (1, inf), "vocab_size": (258, 65536),
               "cache_crops": (1, inf), "eval_interval": (1, inf), "eval_images": (1, inf),
               "log_interval": (1, inf)}
@@ -104,8 +103,8 @@ class TrainConfig:
                "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 # What a preset sets: under "" for every stage, then for one stage. The command line wins over both.
-SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "min_lr": 2e-5, "warmup_iters": 20}
-SHORT_BIART = {"batch_size": 32, "learning_rate": 3e-3, "min_lr": 3e-5, "warmup_iters": 100,
+SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "warmup_iters": 20}
+SHORT_BIART = {"batch_size": 32, "learning_rate": 3e-3, "warmup_iters": 100,
                "weight_decay": 0.1, "optimizer": "muon"}
 PRESETS = {
     "tiny": {
@@ -131,7 +130,7 @@ PRESETS = {
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
         "augvae_sl": {"data": "imagenet", "batch_size": 8, "max_iters": 100000},
         "biart": {"data": "coco", "batch_size": 16, "max_iters": 100000, "learning_rate": 3e-4,
-                  "min_lr": 3e-5, "weight_decay": 0.1, "beta2": 0.95}},
+                  "weight_decay": 0.1, "beta2": 0.95}},
 }
 
 # -----------------------------------------------------------------------------
@@ -156,7 +155,8 @@ def train(settings):
     objective, batches, val_batches, progress, saved = prepare(settings, context)
     optimizer, scaler = make_optimizer(objective.model, config, context, saved)
     network = wrap(objective, config, context)
-    log, last = Log(settings, objective, progress, context), {}  # last: what the log says of the last step
+    log = Log(settings, objective, progress, context)
+    last = {}  # what the log says of the last step
     saved_step, stopping = progress.step if saved else None, False
     n_micro_steps = config.gradient_accumulation_steps
     with Signals() as signals:
@@ -185,15 +185,13 @@ def train(settings):
                 scaler.scale(micro_loss / n_micro_steps).backward()
                 loss += micro_loss.detach().float() / n_micro_steps
 
-            # Clip
+            # Clip and step. If loss or gradient is not finite, all ranks skip the step
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or inf).item()
             # One all-reduce for two numbers: the mean loss, and whether any rank caught a signal
             numbers = torch.stack([loss / context.world, loss.new_tensor(float(signals.number > 0))])
             loss, caught = context.all_reduce(numbers).tolist()
             stopping = caught > 0
-
-            # Step. If loss or gradient is not finite, all ranks skip it
             finite = math.isfinite(loss + grad_norm)
             lr = get_lr(progress.step, config, progress.max_iters)
             if finite:
@@ -232,11 +230,11 @@ def evaluate(objective, val_batches, progress, settings, context):
     return progress.val_loss
 
 def get_lr(step, config, max_iters):
-    """Linear warm-up, then a cosine from learning_rate down to min_lr."""
+    """Linear warm-up, then a cosine from learning_rate down to a hundredth of it."""
     if step < config.warmup_iters:
         return config.learning_rate * (step + 1) / config.warmup_iters
     share = (step - config.warmup_iters) / max(1, max_iters - config.warmup_iters)
-    return config.min_lr + (config.learning_rate - config.min_lr) * (1 + math.cos(math.pi * share)) / 2
+    return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
 
 def count_step(progress, finite, path):
     """Count a step, taken or skipped. Raises ValueError after 20 skipped steps in a row."""
@@ -352,8 +350,10 @@ def prepare(settings, context):
         raise ValueError(f"{min(len(train_set), len(val_set))} images are too few for {context.world} ranks")
 
     torch.manual_seed(config.seed)  # all ranks begin with the same weights
-    prepare_model = prepare_biart if settings.stage == "biart" else prepare_augvae
-    objective, train_view, val_view = prepare_model(settings, train_set, val_set, context)
+    if settings.stage == "biart":
+        objective, train_view, val_view = prepare_biart(settings, train_set, val_set, context)
+    else:
+        objective, train_view, val_view = prepare_augvae(settings, train_set, val_set, saved is not None)
     if saved:
         for key, value in objective_key(objective).items():
             if saved[key] != value:
@@ -386,10 +386,9 @@ def validation_batches(view, settings, context):
     size = settings.train.batch_size
     return [torch.utils.data.default_collate(items[i:i + size]) for i in range(0, len(items), size)]
 
-def prepare_augvae(settings, train_set, val_set, _context):
+def prepare_augvae(settings, train_set, val_set, resumed):
     """-> objective, training view, validation view."""
     config = settings.train
-    resumed = config.resume and os.path.exists(settings.path(".pt"))
     if settings.stage == "augvae_ml" and not resumed and not config.init_from:
         vae = AugVAE(settings.augvae)
     else:
