@@ -2574,7 +2574,7 @@ def test_pictures_are_captioned_repainted_and_reconstructed(sample, pictures):
     assert [entry.get("prompt") for entry in samples] == [None, "two crosses", "two crosses"] * 2
     assert not np.array_equal(made[1], made[4])  # they keep rows of different pictures
     _, samples, where = sample("--reconstruct", first, second)
-    assert len(samples) == 4 and Image.open(where / "reconstructed.png").width < 300
+    assert len(samples) == 4 and Image.open(where / "reconstructed.png").width == 542  # side by side
 
 @pytest.mark.slow
 def test_a_recorded_seed_makes_the_sample_again(loaded):
@@ -2806,7 +2806,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             train.main([*given, *small, "--workers=0", "--lpips_weight=0"])
         elif "--serve" not in given:
             sample_module.main([*given, "--eval_items=2", "--device=cpu"])
-    assert len(COMMANDS) > 10
+    assert len(COMMANDS) >= 9
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("git") is None, reason="git applies the change")
