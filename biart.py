@@ -488,7 +488,7 @@ class KVCache:
 
     def attend(self, layer, q, k, v):
         """Keep k and v of one block, and attend: q, k, v (B, nh, T, hs) -> (B, nh, T, hs). First comes the
-        prompt, with causal_attention; then single tokens (T = 1), each of which sees all before it."""
+        prompt, with causal_attention; then single tokens (T = 1), which see all before them."""
         if layer == len(self.kv):
             self.kv.append(k.new_zeros(2, *k.shape[:2], self.length, k.shape[3]))
             self.kv[layer][0, :, :, :k.shape[2]] = k

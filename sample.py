@@ -156,8 +156,8 @@ class Run:
 
     def paint_all(self, prompts, n=1, images=None, on_token=None, choose=None):
         """Captions -> for each, one after the other, a list of n records, best first: {"picture": PIL image,
-        "prompt", and what candidates() says}. images: PIL images, one a caption, of which --keep_rows rows
-        are kept. choose: a function that picks records from all candidates instead of the best n."""
+        "prompt", and what candidates() says}. images: PIL images, one a caption, which keep their first
+        --keep_rows rows. choose: a function that picks records from all candidates instead of the best n."""
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])

@@ -1357,6 +1357,10 @@ has_namespaces = pytest.mark.skipif(not hasattr(torch.serialization, "safe_globa
 # commitment (of the decoded levels), mean squared error, and gradient norms of the sum of these two
 @has_namespaces
 @pytest.mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", [
+    (RELEASED, 0, "c89f5c1fa90efd50",
+     [0.347915, 0.267447, -0.027976, 0.778806, 0.356596, -0.013522, -0.563661], 0.29926315, 0.66311485,
+     {"encoders.0.conv_in": 0.691998, "encoders.1.conv_in": 1.509000, "pre_quant": 0.322852,
+      "post_quant": 0.274588, "decoders.0.conv_in": 0.636714, "decoders.3.conv_out": 0.817374}),
     (RELEASED, 8, "afd44e983ed316fc",
      [-0.033409, -0.098346, -0.470951, 0.315475, -0.289876, -0.185737, -0.027495], 0.08632058, 0.63940877,
      {"encoders.0.conv_in": 0.559810, "encoders.1.conv_in": 1.229984, "pre_quant": 0.402413,
@@ -1364,7 +1368,11 @@ has_namespaces = pytest.mark.skipif(not hasattr(torch.serialization, "safe_globa
     (ATTENTIVE, 0, "1c14f3e6ba63a1d3",
      [-0.101659, -0.06568, -0.649225, -0.474758, 0.323068, -0.26233, -0.240731], 0.17847651, 0.64587975,
      {"encoders.0.conv_in": 1.603102, "encoders.1.conv_in": 3.714169, "pre_quant": 0.753489,
-      "post_quant": 0.351581, "decoders.0.conv_in": 1.658548, "decoders.2.conv_out": 1.054135})])
+      "post_quant": 0.351581, "decoders.0.conv_in": 1.658548, "decoders.2.conv_out": 1.054135}),
+    (ATTENTIVE, 4, "c2f9e7937507908d",
+     [0.242536, -0.589855, 0.123157, 0.359199, -0.423972, -0.285846, 0.395595], 0.06335053, 0.86143166,
+     {"encoders.0.conv_in": 1.770344, "encoders.1.conv_in": 4.651626, "pre_quant": 0.961495,
+      "post_quant": 0.541367, "decoders.0.conv_in": 3.581799, "decoders.1.conv_out": 2.439164})])
 def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms,
                                                 tmp_path):
     vae = AugVAE.load(released_file(tmp_path / "released.ckpt", c, single_level))
