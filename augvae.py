@@ -20,9 +20,11 @@ References:
 """
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import re
+import zipfile
 from dataclasses import dataclass, field, fields, replace
 from math import inf
 
@@ -57,12 +59,11 @@ class AugVAEConfig:
     commitment: float = 0.25  # weight of mse(z_q.detach(), z), summed over levels
     vq_start: int = 0  # optimizer steps before quantisation begins
     rate: float = 0.0  # favours common codes: distance^2 + rate * variance of codes * -log p(code); 0: off
-    locality: float = 0.0  # AugVAE-SL: weight of the loss that makes a code describe only its own cell
     single_level: int = derived(0)  # side of AugVAE-SL's grid; 0: AugVAE-ML
     limits = {"image_size": (1, inf), "hidden": (1, inf), "n_res_blocks": (1, inf), "n_groups": (1, inf),
               "ae_dropout": (0, 0.99), "z_channels": (1, inf), "codebook_size": (1, inf),
               "codebook_dim": (1, inf), "commitment": (0, inf), "vq_start": (0, inf),
-              "rate": (0, inf), "locality": (0, inf)}
+              "rate": (0, inf)}
 
     def __post_init__(self):
         self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
@@ -198,9 +199,15 @@ class Codebook(nn.Module):
         self.register_buffer("cluster_size", torch.zeros(self.size))
         self.register_buffer("embed_sum", torch.zeros(self.size, self.dim))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.register_load_state_dict_post_hook(lambda book, _: book.set_updates(int(book.updates)))
+        self.set_updates(0)
         # If all codes were revived at once, most would become copies of the commonest patch
         self.max_revived = max(1, self.size // 32)
         self.discard()
+
+    def set_updates(self, n):
+        """How often update() was called, as Python knows it: to look at `updates` would wait for the GPU."""
+        self.n_updates, self.quantises = n, n >= self.config.vq_start
 
     def forward(self, z):
         """z (B, dim, h, w) -> z_q of that shape, with straight-through gradients to z; codes LongTensor
@@ -210,8 +217,7 @@ class Codebook(nn.Module):
             z = z.float()
             codes = self.nearest(z.detach().permute(0, 2, 3, 1).reshape(-1, self.dim))
             codes = codes.view(len(z), *z.shape[2:])
-            vq_start = self.config.vq_start if self.training else 0
-            if vq_start and self.updates < vq_start:  # 0: no wait for the device
+            if self.training and not self.quantises:
                 return z, codes, z.new_zeros(())
             z_q = self.lookup(codes)
             return z + (z_q - z).detach(), codes, F.mse_loss(z, z_q)
@@ -237,63 +243,65 @@ class Codebook(nn.Module):
         """Keeps one level of a forward pass for update(): z (B, dim, h, w), codes (B, h, w)."""
         z = z.detach().float().permute(0, 2, 3, 1).reshape(-1, self.dim)
         codes = codes.flatten()
-        if self.used is None:
-            self.used, self.drawn = z.new_zeros(self.size, 1 + self.dim), z.new_zeros(0, 1 + self.dim)
-        self.used.index_add_(0, codes, torch.cat([torch.ones_like(z[:, :1]), z], 1))
+        if self.totals is None:
+            self.totals, self.candidates = z.new_zeros(self.size, 1 + self.dim), z.new_zeros(0, 1 + self.dim)
+        self.totals.index_add_(0, codes, torch.cat([torch.ones_like(z[:, :1]), z], 1))
         # Dead codes move to random vectors, drawn with weight |z - e|^2 (Efraimidis & Spirakis), as in
         # k-means++. The random numbers are those of the global batch, however many ranks share it.
         rank, world = 0, 1
         if dist.is_initialized():
             rank, world = dist.get_rank(), dist.get_world_size()
-        generator = torch.Generator().manual_seed(int(self.updates) * 64 + self.calls)
-        uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device)
+        generator = torch.Generator().manual_seed(self.n_updates * 64 + self.n_collected)
+        uniform = torch.rand(world, len(z), generator=generator)[rank].to(z.device, non_blocking=True)
         error = (z - self.weight[codes]).square().sum(1)
         keys = uniform.clamp_min(1e-20).log() / error.clamp_min(1e-20)
-        drawn = torch.cat([self.drawn, torch.cat([keys[:, None], z], 1)])
-        self.drawn = drawn[drawn[:, 0].topk(min(self.max_revived, len(drawn))).indices]
-        self.calls += 1
+        candidates = torch.cat([self.candidates, torch.cat([keys[:, None], z], 1)])
+        self.candidates = candidates[candidates[:, 0].topk(min(self.max_revived, len(candidates))).indices]
+        self.n_collected += 1
 
     def discard(self):
         """Forgets what was collected: a skipped step moves no code."""
-        self.used = None  # (size, 1 + dim): number and sum of each code's vectors
-        self.drawn = None  # (n, 1 + dim): keys and vectors; the largest keys revive dead codes
-        self.calls = 0  # of collect()
+        self.totals = None  # (size, 1 + dim): number and sum of the vectors that chose each code
+        self.candidates = None  # (n, 1 + dim): keys and vectors; the largest keys revive dead codes
+        self.n_collected = 0
 
     @torch.no_grad()
     def update(self):
-        """Moves the codes by what all ranks collected; returns its codebook_use()."""
-        used, drawn = self.used, self.drawn
+        """Moves the codes by what all ranks collected; returns its codebook_use(). Never waits for a GPU."""
+        totals, candidates = self.totals, self.candidates
         self.discard()
-        if dist.is_initialized():  # one call adds up `used` and gathers `drawn`
-            by_rank = drawn.new_zeros(dist.get_world_size(), *drawn.shape)
-            by_rank[dist.get_rank()] = drawn
-            rows = torch.cat([used, by_rank.flatten(0, 1)])
+        if dist.is_initialized():  # one call adds up the totals and gathers the candidates
+            by_rank = candidates.new_zeros(dist.get_world_size(), *candidates.shape)
+            by_rank[dist.get_rank()] = candidates
+            rows = torch.cat([totals, by_rank.flatten(0, 1)])
             dist.all_reduce(rows)
-            used, drawn = rows[:self.size], rows[self.size:]
-        counts, sums = used[:, 0], used[:, 1:]
+            totals, candidates = rows[:self.size], rows[self.size:]
+        counts, sums = totals[:, 0], totals[:, 1:]
         # Young averages forget faster: the encoder still changes a lot
-        decay = min(EMA_DECAY, (1 + int(self.updates)) / (10 + int(self.updates)))
+        decay = min(EMA_DECAY, (1 + self.n_updates) / (10 + self.n_updates))
         self.updates += 1
+        self.set_updates(self.n_updates + 1)
         self.cluster_size.lerp_(counts, 1 - decay)
         self.embed_sum.lerp_(sums, 1 - decay)
         # Revived codes are light: each soon moves to where it is used, or dies again
-        threshold = DEAD_BELOW * counts.sum() / self.size
-        best = drawn[:, 0].topk(min(self.max_revived, len(drawn))).indices
-        dead = (self.cluster_size < threshold).nonzero().squeeze(1)[:len(best)]
-        self.cluster_size[dead] = 2 * threshold
-        self.embed_sum[dead] = 2 * threshold * drawn[best[:len(dead)], 1:]
+        light = 2 * DEAD_BELOW * counts.sum() / self.size
+        best = candidates[:, 0].topk(min(self.max_revived, len(candidates))).indices
+        dead = self.cluster_size < light / 2
+        slots = dead.byte().argsort(descending=True, stable=True)[:len(best)]  # dead codes come first
+        dead, vectors = dead[slots], candidates[best[:len(slots)], 1:]
+        self.cluster_size[slots] = torch.where(dead, light, self.cluster_size[slots])
+        self.embed_sum[slots] = torch.where(dead[:, None], light * vectors, self.embed_sum[slots])
         # weight = embed_sum / cluster_size, smoothed, of all codes that ever got a vector
         total = self.cluster_size.sum()
         smoothed = (self.cluster_size + EMA_EPS) / (total + self.size * EMA_EPS) * total
-        alive = self.cluster_size > 0
-        self.weight[alive] = self.embed_sum[alive] / smoothed[alive, None]
+        alive = self.cluster_size[:, None] > 0
+        self.weight.copy_(torch.where(alive, self.embed_sum / smoothed[:, None], self.weight))
         return codebook_use(counts)
 
 def codebook_use(counts):
-    """Uses of each code (size,) -> (share of codes in use, perplexity exp(entropy))."""
-    counts = counts.cpu().double()  # Apple's GPUs have no float64
+    """Uses of each code (size,) -> tensor (share of codes in use, perplexity exp(entropy))."""
     p = counts / counts.sum()
-    return (counts > 0).double().mean().item(), torch.special.entr(p).sum().exp().item()
+    return torch.stack([(counts > 0).float().mean(), torch.special.entr(p).sum().exp()])
 
 # -----------------------------------------------------------------------------
 # The model
@@ -350,19 +358,16 @@ class AugVAE(nn.Module):
         return h
 
     def forward(self, images, collect=False):
-        """Images (B, 3, H, W) in [-1, 1] -> reconstruction, not clamped; weighted commitment and locality
-        loss, a scalar; codes, as from encode(). `collect`: for codebook.update()."""
-        features = self.features(images)
+        """Images (B, 3, H, W) in [-1, 1] -> reconstruction, not clamped; weighted commitment loss, a scalar;
+        codes, as from encode(). `collect`: for codebook.update()."""
         quantised, codes, commitment = [], [], 0
-        for z in features:
+        for z in self.features(images):
             z_q, code, loss = self.codebook(z)
             quantised.append(z_q)
             codes.append(code)
             commitment = commitment + self.config.commitment * loss
             if collect:
                 self.codebook.collect(z, code)
-        if self.config.locality and self.config.single_level and self.training:
-            commitment = commitment + self.config.locality * locality_loss(self, images, features[0])
         return self.reconstruct(quantised), commitment, codes
 
     @torch.no_grad()
@@ -408,23 +413,6 @@ class AugVAE(nn.Module):
         if "state_dict" in checkpoint:
             checkpoint = from_lightning(checkpoint, path)
         return build_model(cls, AugVAEConfig, checkpoint, path)
-
-def locality_loss(vae, images, features):
-    """
-    How much a cell's features depend on other cells, a scalar. Cut images (B, 3, H, W) into the cells of the
-    token grid, and shuffle the cells of the batch. The features should then be the old ones (B, D, s, s),
-    shuffled: the loss is their mean squared distance, in variances. (Not in the paper.)
-    """
-    side = features.shape[-1]
-    order = torch.randperm(len(images) * side * side, device=images.device)
-    moved = vae.features(shuffle_cells(images, order, side))[0]
-    return F.mse_loss(moved, shuffle_cells(features, order, side)) / features.var((0, 2, 3)).mean()
-
-def shuffle_cells(x, order, side):
-    """(B, C, H, W), cut into B * side * side cells, row by row -> cell i is the former cell order[i]."""
-    cells = x.unflatten(3, (side, -1)).unflatten(2, (side, -1)).permute(0, 2, 4, 1, 3, 5)
-    moved = cells.flatten(0, 2)[order].view_as(cells)  # (B, side, side, C, H / side, W / side)
-    return moved.permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
 
 # -----------------------------------------------------------------------------
 # Perceptual loss
@@ -494,7 +482,7 @@ def safe_load(path):
     safe_globals = getattr(torch.serialization, "safe_globals", lambda _: contextlib.nullcontext())
     try:
         with safe_globals([argparse.Namespace]):  # in released checkpoints
-            return dict(torch.load(path, "cpu", weights_only=True))
+            return dict(torch.load(path, "cpu", weights_only=True, mmap=zipfile.is_zipfile(path)))
     except Exception as e:  # a damaged file fails in many ways
         asks = re.search(r"(?:GLOBAL|Unsupported class) ([\w.]+)", str(e))
         why = f"asks to run {asks[1]}; torch 2.5 reads argparse.Namespace" if asks else type(e).__name__
@@ -582,44 +570,60 @@ def from_lightning(checkpoint, path):
 # Same result, less memory or time
 
 def norm_silu_conv(x, norm, conv, dropout=0.0):
-    """conv(dropout(silu(norm(x)))). Keeps only x; backward computes the other three maps again."""
-    mask = F.dropout(torch.ones_like(x), dropout) if dropout else None
-    return NormSiLUConvFunction.apply(x, norm.weight, norm.bias, conv.weight, conv.bias, mask,
+    """conv(dropout(silu(norm(x)))). Without dropout, it keeps only x; backward computes the rest again."""
+    if dropout:
+        return conv(for_conv(F.dropout(F.silu(norm(for_norm(x))), dropout)))
+    return NormSiLUConvFunction.apply(x, norm.weight, norm.bias, conv.weight, conv.bias,
                                       norm.num_groups, norm.eps)
 
 class NormSiLUConvFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gamma, beta, weight, bias, mask, n_groups, eps):
-        ctx.save_for_backward(x, gamma, beta, weight, mask)
+    def forward(ctx, x, gamma, beta, weight, bias, n_groups, eps):
+        ctx.save_for_backward(x, gamma, beta, weight)
         ctx.sizes, ctx.eps = (*x.shape[:2], x.shape[2] * x.shape[3], n_groups), eps
-        h = F.silu(torch.native_group_norm(for_norm(x), gamma, beta, *ctx.sizes, eps)[0], inplace=True)
-        h = h if mask is None else h * mask
-        return F.conv2d(for_conv(h, x.dtype), weight, bias, padding=1)
+        h, _, _ = group_norm(x, gamma, beta, ctx.sizes, eps)
+        return F.conv2d(for_conv(F.silu(h, inplace=True)), weight, bias, padding=1)
 
     @staticmethod
     def backward(ctx, grad):
-        x, gamma, beta, weight, mask = ctx.saved_tensors
-        dtype = grad.dtype  # backward runs outside autocast
-        norm_in = for_norm(x)
-        norm_out, mean, rstd = torch.native_group_norm(norm_in, gamma, beta, *ctx.sizes, ctx.eps)
-        h = F.silu(norm_out)
-        h = h if mask is None else h * mask
+        x, gamma, beta, weight = ctx.saved_tensors
+        norm_out, mean, rstd = group_norm(x, gamma, beta, ctx.sizes, ctx.eps)
+        h, dtype = for_conv(F.silu(norm_out)), grad.dtype  # backward runs outside autocast
         grad_h, grad_weight, grad_bias = torch.ops.aten.convolution_backward(
-            grad, for_conv(h, dtype), weight.to(dtype), [len(weight)],
+            grad, h.to(dtype), weight.to(dtype), [len(weight)],
             [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True] * 3)
-        grad_h = grad_h if mask is None else grad_h * mask
-        grad_h = torch.ops.aten.silu_backward(for_norm(grad_h).to(norm_out.dtype), norm_out)
+        grad_h = torch.ops.aten.silu_backward(for_norm(grad_h.to(x.dtype)), norm_out)
         grad_x, grad_gamma, grad_beta = torch.ops.aten.native_group_norm_backward(
-            grad_h, norm_in, mean, rstd, gamma, *ctx.sizes, [True] * 3)
-        return for_conv(grad_x, x.dtype), grad_gamma, grad_beta, grad_weight, grad_bias, None, None, None
+            grad_h, for_norm(x), mean, rstd, gamma.to(x.dtype), *ctx.sizes, [True] * 3)
+        return for_conv(grad_x), grad_gamma, grad_beta, grad_weight, grad_bias, None, None
 
-# CUDA's convolutions are fastest in channels_last, but its group norm needs fp32 and NCHW: before torch 2.14
-# the forward pass refuses channels_last, and the backward pass silently misreads it.
+def group_norm(x, gamma, beta, sizes, eps):
+    """In x's own type, autocast's on CUDA; the kernel adds up in fp32. -> result, mean, 1 / std"""
+    return torch.native_group_norm(for_norm(x), gamma.to(x.dtype), beta.to(x.dtype), *sizes, eps)
+
+# CUDA's convolutions are fastest in channels_last. Before torch 2.14, its group norm wants NCHW: the forward
+# pass refuses channels_last, and the backward pass silently misreads it.
 def for_norm(x):
-    return x.to(torch.float32, memory_format=torch.contiguous_format).contiguous() if x.is_cuda else x
+    return x.contiguous() if x.is_cuda and not norm_takes_channels_last(x.device, x.dtype) else x
 
-def for_conv(x, dtype):
-    return x.to(dtype, memory_format=torch.channels_last) if x.is_cuda else x.to(dtype)
+def for_conv(x):
+    return x.contiguous(memory_format=torch.channels_last) if x.is_cuda else x
+
+@functools.cache
+def norm_takes_channels_last(device, dtype):
+    """Try it, forward and backward."""
+    x = torch.linspace(-1, 2, 128, device=device).sin().to(dtype).view(2, 4, 4, 4)
+    results = []
+    try:
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=layout)
+            y, mean, rstd = torch.native_group_norm(x, None, None, 2, 4, 16, 2, 1e-6)
+            grad_x, _, _ = torch.ops.aten.native_group_norm_backward(
+                x.cos(), x, mean, rstd, None, 2, 4, 16, 2, [True, False, False])
+            results.append(torch.cat([y, grad_x]).float())
+        return torch.allclose(*results, rtol=0.05, atol=0.05)
+    except RuntimeError:
+        return False
 
 def upsample_conv(x, weight, bias):
     """conv2d(interpolate(x, scale_factor=2), weight, bias, padding=1), with 4/9 of the multiplications: the
@@ -632,16 +636,9 @@ def upsample_conv(x, weight, bias):
 @contextlib.contextmanager
 def full_fp32():
     """No TF32 inside, even where it is allowed: it would change up to 2.4 % of the codes."""
-    matmul, new_name = torch.backends.cuda.matmul, False
-    try:
-        before = torch.get_float32_matmul_precision()
-    except RuntimeError:  # it was set by its new name, of torch 2.9
-        before, new_name = matmul.fp32_precision, True
-    torch.set_float32_matmul_precision("highest")  # sets both
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
     try:
         yield
     finally:
-        if new_name:
-            matmul.fp32_precision = before
-        else:
-            torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(before)

@@ -93,7 +93,7 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, attend):
         B, T, C = x.shape
         qkv = norm_linear(x, self.ln, self.c_attn)  # = self.c_attn(self.ln(x))
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in qkv.split(C, 2))  # (B, nh, T, hs)
         y = attend(q, k, v)  # causal_attention, or KVCache.attend while decoding
         y = y.transpose(1, 2).reshape(B, T, C)
         return F.dropout(self.c_proj(y), self.dropout, self.training)
@@ -110,7 +110,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = norm_linear(x, self.ln, self.c_fc)  # = self.c_fc(self.ln(x))
-        x = gelu_linear(x, self.c_proj)  # = self.c_proj(F.gelu(x))
+        x = linear_after(F.gelu, x, self.c_proj)  # = self.c_proj(F.gelu(x))
         return F.dropout(x, self.dropout, self.training)
 
 class Block(nn.Module):
@@ -463,7 +463,7 @@ def uniform_noise(seeds, n):
 def sample_token(logits, uniform, sampling):
     """logits (B, V), uniform (B,) in [0, 1) -> LongTensor (B,), by inverting the cumulative distribution: one
     random number a token."""
-    if sampling.temperature == 0:
+    if sampling.temperature < 1e-6:  # to divide by it would overflow
         return logits.argmax(-1)
     ranked = sampling.top_k > 0 or sampling.top_p < 1
     if ranked:  # the likeliest first
@@ -473,8 +473,9 @@ def sample_token(logits, uniform, sampling):
         p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
     cumulative = p.cumsum(-1)
     total = cumulative[:, -1:]
-    below = torch.minimum(uniform[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    token = torch.searchsorted(cumulative, below, right=True)  # the first whose cumulative mass is above
+    target = uniform[:, None] * total  # rounding may make it `total`, which no token's mass is above
+    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    token = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass is above
     if ranked:
         token = order.gather(1, token)
     return token[:, 0]
@@ -550,12 +551,8 @@ def norm_linear(x, ln, layer):
 
     return linear_after(norm, x, layer, ln.weight, ln.bias)
 
-def gelu_linear(x, layer):
-    """layer(F.gelu(x)) for a linear layer; the backward pass keeps x alone."""
-    return linear_after(F.gelu, x, layer)
-
 def linear_after(f, x, layer, *params):
-    """layer(f(x, *params))"""
+    """layer(f(x, *params)) for a linear layer; the backward pass keeps x alone."""
     if torch.is_grad_enabled() and not is_compiling():  # torch.compile finds by itself what to recompute
         return LinearAfter.apply(f, x, layer.weight, layer.bias, *params)
     return F.linear(f(x, *params), layer.weight, layer.bias)
@@ -582,6 +579,8 @@ class LinearAfter(torch.autograd.Function):
         grad_bias = grad_rows.sum(0) if ctx.has_bias else None
         return None, grad_x, grad_rows.t() @ y_rows, grad_bias, *grad_params
 
+MAX_LOGITS = 2 ** 22  # that LinearCrossEntropy holds at once
+
 class LinearCrossEntropy(torch.autograd.Function):
     """
     nll = F.cross_entropy(h @ weight.T, targets, reduction="none"), for h (N, C), weight (V, C), targets (N,).
@@ -590,7 +589,6 @@ class LinearCrossEntropy(torch.autograd.Function):
     The logits (N, V) would be the largest tensor of a step. Here they exist for a few rows at a time, and
     their gradient is computed while they do.
     """
-    max_logits = 2 ** 22  # held at once
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_weights):
@@ -598,7 +596,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         nll = torch.empty(len(h), device=h.device)
         grad_h, grad_weight = torch.empty_like(h) if with_gradient else None, None
         scale = token_weights.max()  # multiplied in at the end: float16 would lose such small gradients
-        rows = max(1, LinearCrossEntropy.max_logits // len(weight))
+        rows = max(1, MAX_LOGITS * (16 if h.is_cuda else 1) // len(weight))
         for start in range(0, len(h), rows):
             part = slice(start, start + rows)
             logits = F.linear(h[part], weight)  # (rows, V), in autocast's dtype

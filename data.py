@@ -34,20 +34,33 @@ from math import ceil, inf
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 class Unreadable(ValueError):
     """An image or a caption file cannot be read. The message is a sentence that names it."""
 
 class Dataset:
-    """len(); captions(i) -> list of str; image(i, min_side=0) -> PIL image in RGB, which may be scaled down
-    while its sides stay >= min_side; fingerprint() -> hash of all but the pixels. Both may raise Unreadable.
-    """
+    """captions(i) -> list of str. image(i, min_side=0) -> PIL image in RGB, perhaps scaled down, but with no
+    side below min_side. Both may raise Unreadable. fingerprint() -> hash of all but the pixels."""
     captioned = True  # False: captions(i) is always empty
     shard_starts = None  # of tar shards: the first sample of each
+    left_out = {}  # what was not taken -> how many
 
     def __len__(self):
         return self.n
+
+    def files(self, i):
+        """Paths of the files that hold sample i alone."""
+        return []
+
+    def stamp(self):
+        """A hash of the sizes and times of all files()."""
+        stats = []
+        for i in range(len(self)):
+            for path in self.files(i):
+                stat = os.stat(path) if os.path.exists(path) else None
+                stats.append(stat and (stat.st_size, stat.st_mtime_ns))
+        return fingerprint(stats)
 
 def fingerprint(*parts):
     """Arrays, plain values -> a short hash."""
@@ -60,14 +73,16 @@ def fingerprint(*parts):
 # Layouts on disk, and how a file is read
 
 def read_folder(folder):
-    return ImageFiles(folder, folder, {path: [] for path in list_files(folder) if is_image(path)})
+    paths = list_files(folder)
+    images = {path: [] for path in paths if is_image(path)}
+    return ImageFiles(folder, folder, images, left_out={"files that are no images": len(paths) - len(images)})
 
 class ImageFiles(Dataset):
     """Images below a folder, {path: captions}. Errors name `source`. ValueError if it holds no `what`."""
 
-    def __init__(self, source, folder, captions, what="image"):
+    def __init__(self, source, folder, captions, what="image", left_out=()):
         self.folder, self.n, self.captioned = folder, len(captions), any(captions.values())
-        self.paths, self.texts = list(captions), list(captions.values())
+        self.paths, self.texts, self.left_out = list(captions), list(captions.values()), dict(left_out)
         if not self.paths:
             raise ValueError(f"{source} holds no {what}")
         some = [os.path.join(folder, path) for path in self.paths[::self.n // 100 + 1]]
@@ -77,28 +92,41 @@ class ImageFiles(Dataset):
     def fingerprint(self):
         return fingerprint(self.paths, self.texts)
 
-    def image(self, i, min_side=0):
-        return load_image(os.path.join(self.folder, self.paths[i]), min_side)
+    def files(self, i):
+        return [os.path.join(self.folder, self.paths[i])]
 
-    def captions(self, i):  # JSON can hold half a character: it becomes "?"
-        return [text.encode("utf-8", "replace").decode() for text in self.texts[i]]
+    def image(self, i, min_side=0):
+        return load_image(self.files(i)[0], min_side)
+
+    def captions(self, i):
+        return self.texts[i]
 
 def list_files(folder):
-    """Sorted paths of all files below a folder, from there. Follows links, but into no folder twice."""
+    """Sorted paths of all files below a folder, from there, without hidden ones. Follows links, but into no
+    folder twice."""
     def refuse(error):
         raise OSError(f"folder {error.filename} cannot be read ({error.strerror})")
 
-    found, visited = [], set()
+    paths, visited = [], set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
         if os.path.realpath(parent) in visited:
             folders.clear()  # os.walk() skips these
-            continue
-        visited.add(os.path.realpath(parent))
-        folders.sort()
-        found += [os.path.relpath(os.path.join(parent, name), folder) for name in files]
-    return sorted(found)
+        else:
+            visited.add(os.path.realpath(parent))
+            folders[:] = sorted(name for name in folders if not is_hidden(name))
+            paths += [os.path.relpath(os.path.join(parent, name), folder)
+                      for name in files if not is_hidden(name)]
+    return sorted(paths)
 
-IMAGE_EXTENSIONS = {"bmp", "gif", "jfif", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp"}
+def is_hidden(path):
+    """Whether a path has a part like ".DS_Store", or macOS's folder __MACOSX of companion files."""
+    return any(part == "__MACOSX" or part.startswith(".") and part != "." for part in path.split("/"))
+
+# What Pillow decodes by itself. The others start another program, or are no pictures
+Image.init()
+FORMATS = [name for name in Image.ID if name not in ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")]
+IMAGE_EXTENSIONS = {extension[1:] for extension, name in Image.EXTENSION.items() if name in FORMATS}
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some programs write long metadata
 
 def is_image(path):
     return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
@@ -116,13 +144,23 @@ def read_imagenet(folder):
 class Pairs(ImageFiles):
     def __init__(self, folder):
         paths = list_files(folder)
-        stems = {path[:-4] for path in paths if path.endswith(".txt")}
-        images = [path for path in paths if is_image(path) and os.path.splitext(path)[0] in stems]
-        super().__init__(folder, folder, {path: [] for path in images}, "image with a text file of its name")
+        stems = {path: os.path.splitext(path)[0] for path in paths}
+        texts = {stems[path]: path for path in paths if path.lower().endswith(".txt")}
+        images = [path for path in paths if is_image(path)]
+        pairs = {path: [] for path in images if stems[path] in texts}
+        used = {stems[path] for path in pairs}
+        super().__init__(folder, folder, pairs, "image with a text file of its name", {
+            "images without a caption": len(images) - len(pairs),
+            "captions without an image": len(texts) - len(used),
+            "other files": len(paths) - len(images) - len(texts)})
         self.captioned = True
+        self.text_paths = [texts[stems[path]] for path in pairs]
+
+    def files(self, i):
+        return [os.path.join(self.folder, path) for path in (self.paths[i], self.text_paths[i])]
 
     def captions(self, i):
-        path = os.path.join(self.folder, os.path.splitext(self.paths[i])[0] + ".txt")
+        path = self.files(i)[1]
         return decode_captions(read_bytes(path), path)
 
 def read_coco(folder, captions, split):
@@ -133,72 +171,96 @@ def read_coco(folder, captions, split):
         if "annotations" in record:
             by_image = {}
             for annotation in record["annotations"]:
-                by_image.setdefault(annotation["image_id"], []).append(str(annotation["caption"]))
+                by_image.setdefault(annotation["image_id"], []).append(annotation["caption"])
             for image in record["images"]:
-                found[str(image["file_name"])] = by_image.get(image["id"], [])
+                texts = found.setdefault(str(image["file_name"]), [])  # a file may be there twice
+                texts += by_image.get(image["id"], [])
         else:
-            splits = ["train", "restval"] if split == "train" else [split]
             for image in record["images"]:
-                if image["split"] in splits:
+                if image["split"].replace("restval", "train") == split:
                     path = os.path.join(image.get("filepath", ""), image["filename"])
-                    found[path] = [str(sentence["raw"]) for sentence in image["sentences"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
+                    found.setdefault(path, []).extend(sentence["raw"] for sentence in image["sentences"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         raise ValueError(f"{captions} is neither MS-COCO's JSON nor a Karpathy split ({e!r})") from None
-    captioned = {path: texts for path, texts in found.items() if texts}
-    return ImageFiles(captions, folder, captioned, "captioned image")
+    return captioned_files(captions, folder, found)
 
 def read_tsv(path):
     """Paths start at the file's folder. An image may have several lines."""
     captions = {}
     for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) < 2 or not columns[0] or not columns[1]:
+        caption, tab, rest = line.partition("\t")
+        image = rest.split("\t")[0].strip()
+        if image:
+            captions.setdefault(image, []).append(caption)
+        elif line.strip():
             raise ValueError(f"{path}, line {number}: {line[:60]!r} is not caption, tab, path")
-        captions.setdefault(columns[1], []).append(columns[0])
-    return ImageFiles(path, os.path.dirname(path), captions, "captioned image")
+    return captioned_files(path, os.path.dirname(path), captions)
 
-def load_image(file, min_side=0, name=None, formats=None):
-    """A path, or an open file and its name -> to_rgb() of it. With min_side, a JPEG is decoded at 1/2, 1/4 or
-    1/8 of its size, if its shorter side keeps min_side pixels. formats: the only ones to accept, in Pillow's
-    names. Raises Unreadable, also above twice Pillow's MAX_IMAGE_PIXELS."""
+def captioned_files(source, folder, texts):
+    """{path: what should be captions} -> ImageFiles of those that have one."""
+    captions = {path: clean_captions(some) for path, some in texts.items()}
+    captions = {path: some for path, some in captions.items() if some}
+    n_texts = sum(len(texts[path]) for path in captions)
+    return ImageFiles(source, folder, captions, "captioned image", {
+        "images without a caption": len(texts) - len(captions),
+        "captions without words": n_texts - sum(len(some) for some in captions.values())})
+
+def load_image(file, min_side=0, name=None, formats=FORMATS):
+    """A path, or an open file and its name -> to_rgb() of it, or Unreadable. With min_side, a JPEG is decoded
+    at 1/2, 1/4 or 1/8 of its size, no side below min_side. formats: those to accept, as Pillow names them."""
+    name = name or file
+    content = file if hasattr(file, "read") else io.BytesIO(read_bytes(file))
     try:
-        with Image.open(file, formats=formats) as image:
+        with Image.open(content, formats=formats) as image:
             if min_side:
                 image.draft("RGB", (min_side, min_side))
             image.load()
             return to_rgb(image)
     except Exception as e:  # Pillow raises almost anything on broken files
-        why = getattr(e, "strerror", None) or " ".join(str(e).split()) or type(e).__name__
+        why = str(e) or type(e).__name__
         if isinstance(e, UnidentifiedImageError):
             why = "unknown format"
-        raise Unreadable(f"{name or file} is not an image that can be read ({why})") from None
-
-# EXIF's orientations, and what undoes each
-UPRIGHT = {2: Image.FLIP_LEFT_RIGHT, 3: Image.ROTATE_180, 4: Image.FLIP_TOP_BOTTOM, 5: Image.TRANSPOSE,
-           6: Image.ROTATE_270, 7: Image.TRANSVERSE, 8: Image.ROTATE_90}
+        raise Unreadable(f"{name} is not an image that can be read ({why})") from None
 
 def to_rgb(image):
-    """PIL image -> RGB: upright by its EXIF tag, transparency over white, 16-bit grey as 8 bits."""
+    """PIL image -> RGB: upright by its EXIF tag, transparency over white, 16-bit grey as 8 bits. ValueError
+    for other deep images: which number is white?"""
+    deep = image.mode == "F" or image.mode.startswith("I")
+    if deep:
+        tags = getattr(image, "tag_v2", {})  # TIFF: bits, and whether 0 is black
+        known = image.mode.startswith("I;16") or image.format in ("PNG", "PPM") and image.mode == "I"
+        if not known or tags.get(258, (16,)) != (16,) or tags.get(262, 1) != 1:
+            raise ValueError(f"grey of mode {image.mode}, {tags.get(258, '?')} bits, has no certain white")
     with contextlib.suppress(Exception):  # EXIF data may be broken, too
-        orientation = image.getexif().get(0x0112)
-        if orientation in UPRIGHT:
-            image = image.transpose(UPRIGHT[orientation])
-    if image.mode.startswith("I"):  # 16-bit grey, which convert() would clip
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
-    if "A" in image.getbands() or "transparency" in image.info:
+        image = ImageOps.exif_transpose(image)
+    clear = image.info.get("transparency")  # the transparent colour, for one
+    if deep:
+        grey = np.asarray(image)
+        grey = np.where(grey == clear, 65535, grey) / 257
+        return Image.fromarray(grey.round().astype(np.uint8)).convert("RGB")
+    if isinstance(clear, tuple) and max(clear) > 255:  # Pillow gives 8 of 16 bits, but not here
+        image.info["transparency"] = tuple(x // 256 for x in clear)
+    if "A" in image.getbands() or clear is not None:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 def decode_captions(content, name):
-    """A caption file's bytes -> its captions. Unreadable if it is empty or not UTF-8."""
-    lines = [line.strip() for line in decode_text(content, name).split("\n")]
-    captions = [line for line in lines if line]
+    """A caption file's bytes, one caption a line -> captions. Unreadable if there is none, or no UTF-8."""
+    captions = clean_captions(decode_text(content, name).replace("\r", "\n").split("\n"))
     if not captions:
         raise Unreadable(f"caption file {name} is empty")
     return captions
+
+def clean_captions(texts):
+    """-> the texts without control characters, white space folded. Empty ones, and what is no text, go."""
+    captions = []
+    for text in texts:
+        if isinstance(text, str):
+            text = text.encode("utf-8", "replace").decode()  # JSON can hold half a character
+            text = re.sub("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]", "", text)
+            captions.append(" ".join(text.split()))
+    return [caption for caption in captions if caption]
 
 def decode_text(content, name):
     try:
@@ -210,6 +272,8 @@ def read_text(path):
     return decode_text(read_bytes(path), path)
 
 def read_bytes(path, start=0, size=-1):
+    if os.path.exists(path) and not os.path.isfile(path):  # to open a FIFO would wait
+        raise Unreadable(f"{path} is not a file")
     try:
         with open(path, "rb") as f:
             f.seek(start)
@@ -232,9 +296,6 @@ def atomic_write(path, part=None):
     finally:
         with contextlib.suppress(OSError):
             os.remove(part)
-
-# -----------------------------------------------------------------------------
-# Tar shards
 
 class Tar(Dataset):
     """WebDataset shards. If any sample has a text, those without are left out."""
@@ -271,26 +332,27 @@ class Tar(Dataset):
         return decode_captions(*self.read(i, 2)) if self.captioned else []
 
 def expand_shards(pattern):
-    """A folder, or a pattern like {a,b}/{00..99}.tar -> paths of shards. ValueError if none."""
-    brace, found = re.search(r"{([^{}]*)}", pattern), []
-    if brace:
-        choices, span = brace[1].split(","), re.fullmatch(r"(\d+)\.\.(\d+)", brace[1])
-        if span:
-            choices = [str(i).zfill(len(span[1])) for i in range(int(span[1]), int(span[2]) + 1)]
-        for choice in choices:
-            found += expand_shards(pattern[:brace.start()] + choice + pattern[brace.end():])
+    """A folder, a file, or a pattern like {00..99}.tar -> paths of shards. ValueError if none."""
+    found, span = [], re.search(r"{(\d+)\.\.(\d+)}", pattern)
+    if os.path.isdir(pattern):
+        found = [os.path.join(pattern, name) for name in sorted(os.listdir(pattern))
+                 if name.endswith(".tar") and not is_hidden(name)]
+    elif os.path.exists(pattern):
+        found = [pattern]
+    elif span:
+        for i in range(int(span[1]), int(span[2]) + 1):
+            number = str(i).zfill(len(span[1]))
+            found += expand_shards(pattern[:span.start()] + number + pattern[span.end():])
     else:
-        if os.path.isdir(pattern):
-            pattern = os.path.join(glob.escape(pattern), "*.tar")
         found = sorted(glob.glob(pattern))
     if not found:
         raise ValueError(f"there is no tar shard {pattern}")
     return found
 
 def index_shard(path, index_dir="", log=""):
-    """-> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). The index is kept
-    beside the shard or, if that fails, in index_dir. Of a damaged shard it has only the whole samples, and
-    the log names the shard."""
+    """-> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). It is kept beside the
+    shard or else in index_dir. The log names what is left out, and a damaged shard, which gives its whole
+    samples. Of such a shard no index is kept, so that the next run says it, too."""
     stat = os.stat(path)
     name = f"{os.path.basename(path)}.{stat.st_size:x}.{stat.st_mtime_ns:x}.npy"  # new for a new shard
     kept = [os.path.join(os.path.dirname(path), name)]
@@ -299,31 +361,47 @@ def index_shard(path, index_dir="", log=""):
     for file in kept:
         if os.path.exists(file):
             return np.load(file)
-    samples, fault = {}, ""
+    samples, left_out = {}, {}
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                folder, file_name = os.path.split(member.name)
-                key, _, extension = file_name.partition(".")  # the files of a sample share the key
-                kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
-                whole = member.isreg() and member.offset_data + member.size <= stat.st_size
-                if whole and kind in ("image", "txt"):
-                    samples.setdefault((folder, key), {}).setdefault(kind, (member.offset_data, member.size))
+                why = add_member(samples, member, stat.st_size)
+                if why:
+                    left_out.setdefault(why, []).append(member.name)
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(512) != bytes(512):  # a whole tar ends with zeros
                 raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
     except (tarfile.ReadError, OSError) as e:
-        fault = f"tar shard {path} cannot be read to its end ({e}); is it compressed?"
+        write_fault(log, f"tar shard {path} cannot be read to its end ({e}); is it compressed?")
+        kept = []
+    for why, names in left_out.items():
+        write_fault(log, f"tar shard {path}: left out {len(names):,} members, {names[0]} for one: {why}")
+        kept = []
     found = [sample["image"] + sample.get("txt", (0, 0)) for sample in samples.values() if "image" in sample]
     index = np.array(found, np.int64).reshape(-1, 4)
-    if fault:  # keep no index, so that the next run names the shard, too
-        write_fault(log, fault)
-        return index
     for file in kept:
         with contextlib.suppress(OSError), atomic_write(file, f"{file}.{os.getpid()}.part") as f:
             np.save(f, index)
             break
     return index
+
+def add_member(samples, member, size):
+    """Note where an image or a text lies in a tar of this size. -> why it is left out, or None."""
+    folder, name = os.path.split(member.name)
+    key, _, extension = name.lower().partition(".")  # the files of a sample share the key
+    kind = "image" if extension in IMAGE_EXTENSIONS else extension
+    if is_hidden(member.name) or not (is_image(name) or name.lower().endswith(".txt")):
+        return None
+    if kind not in ("image", "txt"):
+        return "a name has one dot, behind its key"
+    if not member.isreg() or member.issparse():
+        return "it is not a plain file"
+    sample = samples.setdefault((folder, name[:len(key)]), {})
+    if kind in sample:
+        return f"its key has another {kind}"
+    if member.offset_data + member.size <= size:  # all of it is there
+        sample[kind] = member.offset_data, member.size
+    return None
 
 # -----------------------------------------------------------------------------
 # Settings, and the data set that they name
@@ -353,14 +431,19 @@ def open_data(config, split, log="", index_dir=""):
         return Scenes(split, config.n_scenes if split == "train" else 1024)
     if not where:
         raise ValueError(f"--data {config.data} needs --{split}_dir")
+    if config.data == "coco" and not captions:
+        raise ValueError(f"--data coco needs --{split}_captions")
     if config.data == "tar":
-        return Tar(expand_shards(where), index_dir, log)
-    if config.data == "coco":
-        if not captions:
-            raise ValueError(f"--data coco needs --{split}_captions")
-        return read_coco(where, captions, split)
-    readers = {"imagenet": read_imagenet, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
-    return readers[config.data](where)
+        dataset = Tar(expand_shards(where), index_dir, log)
+    elif config.data == "coco":
+        dataset = read_coco(where, captions, split)
+    else:
+        readers = {"imagenet": read_imagenet, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
+        dataset = readers[config.data](where)
+    left_out = [f"{n:,} {what}" for what, n in dataset.left_out.items() if n]
+    if left_out:
+        print0(f"left out of {where}: {', '.join(left_out)}")
+    return dataset
 
 class Subset(Dataset):
     def __init__(self, dataset, indices):
@@ -369,6 +452,9 @@ class Subset(Dataset):
 
     def fingerprint(self):
         return fingerprint(self.dataset.fingerprint(), self.indices)
+
+    def files(self, i):
+        return self.dataset.files(self.indices[i])
 
     def image(self, i, min_side=0):
         return self.dataset.image(self.indices[i], min_side)
@@ -387,9 +473,8 @@ def crop_to_tensor(image, size, scale=1.0, rng=None):
     if rng and scale < 1:
         side = max(1, round((side * side * rng.uniform(scale, 1)) ** 0.5))
         x, y = rng.randint(0, w - side), rng.randint(0, h - side)
-    if side != max(w, h):
-        image = image.crop((x, y, x + side, y + side))
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, side, side), uint8
+    square = np.array(image.crop((x, y, x + side, y + side)))
+    pixels = torch.from_numpy(square).permute(2, 0, 1)  # (3, side, side), uint8
     if side != size:  # as Pillow, up to rounding, in half the time
         pixels = F.interpolate(pixels[None], size=(size, size), mode="bilinear", antialias=True)[0]
     return pixels.float().div_(127.5).sub_(1)
@@ -489,26 +574,25 @@ class BatchReader(torch.utils.data.Dataset):
         return samples, n_reads, faults
 
 def read_batches(read, keys, n, *, replace=False, seed=0, log="", workers=0):
-    """For each batch of (index, position), yield a list of read(index, rng), except where that is Unreadable.
-    With `replace`, for training, random others take their place, and samples are stacked. rng depends on seed
-    and position. The log names each fault once. OSError if over half of the first 1,000 reads fail."""
+    """For each batch of (index, position), yield a list of read(index, rng), without what is Unreadable. With
+    `replace`, for training, random others take its place, and samples are stacked. rng depends on seed and
+    position. The log names each fault once. OSError if over half of the first 1,000 reads fail."""
     loader = torch.utils.data.DataLoader(
         BatchReader(read, n, replace, seed), batch_size=None, sampler=keys, collate_fn=tuple,
-        num_workers=workers, pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator())  # not the global one
+        num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # its own
     few = 500 if replace else min(n, 1000) / 2  # so few failures are no error yet
     logged, reads, failures = set(), 0, 0
     for samples, n_reads, faults in loader:
         reads, failures = reads + n_reads, failures + len(faults)
-        for fault in faults:
-            if fault not in logged:
-                logged.add(fault)
-                write_fault(log, fault)
+        for fault in sorted(set(faults) - logged):
+            write_fault(log, fault)
+        logged.update(faults)
         if samples is None or failures > few and 2 * failures > reads:
             raise OSError(f"{failures} of {reads} samples could not be read: see {log or 'above'}")
         yield samples
 
 CHUNK = 64  # samples that are read, and encoded, together
+BLOCK = 16 * CHUNK  # samples in a file of the token cache
 
 def read_chunks(read, indices, n, what, log="", workers=0):
     """Read some of n samples, with progress(): yield (indices, what could be read)."""
@@ -521,9 +605,14 @@ def progress(items, size, what):
     for start in range(0, len(items), size):
         yield items[start:start + size]
         done, now = start + size, time.monotonic()
-        if done < len(items) and now - shown > 5 and os.environ.get("RANK", "0") == "0":
+        if done < len(items) and now - shown > 5:
             shown, left = now, (now - began) / done * (len(items) - done)
-            print(f"{what}: {done:,} of {len(items):,}, {left:,.0f} s left", flush=True)
+            print0(f"{what}: {done:,} of {len(items):,}, {left:,.0f} s left")
+
+def print0(text):
+    """Print on rank 0 alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 def write_fault(log, fault):
     if not log:
@@ -532,7 +621,6 @@ def write_fault(log, fault):
         f.write(fault + "\n")
 
 def count_read_errors(log):
-    """How many faults a log names."""
     return len(set(read_text(log).splitlines())) if os.path.exists(log) else 0
 
 def validation_subset(dataset, count, log=""):
@@ -557,26 +645,19 @@ def all_captions(dataset, log=""):
     return captions
 
 # -----------------------------------------------------------------------------
-# The token cache: a data set that is encoded once, in a folder of
-#
-#     key.json               what the tokens depend on
-#     00000.npy, 00001.npy   1,024 samples each: a row for each that can be read
-#
-# A row holds `codes` (crops, n_image), `n_texts`, and `texts` (the largest n_texts, n_text), in uint16.
-# A block gets its name when it is whole, so a killed run can be finished.
-
-BLOCK = 16 * CHUNK
+# The token cache: a folder with a data set that is encoded once. key.json says what the tokens depend on.
+# 00000.npy, 00001.npy, ... are blocks: a row for each sample that can be read, with `codes` (crops, n_image),
+# `n_texts`, and `texts` (the largest n_texts, n_text). After a kill, only the missing blocks are encoded.
 
 class Tokens:
-    """The view of a token cache, for BiART. Its files are mapped: a machine's processes share one copy.
-    item(i, rng) -> ids (n_text,) of a random caption, codes (n_image,) of a random crop, and whether to blank
-    the reference side, for guidance: a bool, true with probability null_prob."""
+    """The view of a token cache, for BiART: item(i, rng) -> ids (n_text,) of a random caption, codes
+    (n_image,) of a random crop, and a bool: whether to blank the reference side (probability null_prob)."""
     shard_starts = None
 
     def __init__(self, folder, null_prob=0.0):
         self.folder, self.null_prob = folder, null_prob
         paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.npy")))
-        self.blocks = [np.load(path, mmap_mode="r") for path in paths]
+        self.blocks = [np.load(path, mmap_mode="r") for path in paths]  # processes share one copy
         self.ends = np.cumsum([len(rows) for rows in self.blocks])
 
     def __reduce__(self):  # a loader process maps the files, too
@@ -609,11 +690,13 @@ class TokenSource:
     def __post_init__(self):
         if self.crops == 1:
             self.crop_scale = 1.0
+        if len(self.tokenizer) > 65536:
+            raise ValueError(f"a token cache holds ids up to 65535, not {len(self.tokenizer):,} tokens")
 
     def key(self):
-        transforms = f"{self.size} px, {self.crops} x {self.crop_scale}, {self.n_text} ids a text"
         return {**self.made_from, "tokenizer": self.tokenizer.fingerprint(),
-                "data": self.dataset.fingerprint(), "transforms": transforms}
+                "data": self.dataset.fingerprint(), "files": self.dataset.stamp(),
+                "transforms": f"{self.size} px, {self.crops} x {self.crop_scale}, {self.n_text} ids a text"}
 
     def read(self, i, rng):
         """-> ids (n_texts, n_text), how many texts were cut, crops (crops, 3, size, size) in [-1, 1]."""
@@ -621,23 +704,19 @@ class TokenSource:
         image = self.dataset.image(i, ceil(self.size / self.crop_scale ** 0.5))
         crops = [crop_to_tensor(image, self.size, self.crop_scale, random.Random(f"{i} {crop}"))
                  for crop in range(self.crops)]
-        ids, n_cut = np.array([ids for ids, _ in texts], np.uint16), sum(cut for _, cut in texts)
-        return ids, n_cut, torch.stack(crops)
+        ids, cut = zip(*texts)
+        return np.array(ids, np.uint16), sum(cut), torch.stack(crops)
 
-def cache_tokens(source, encode, folder, *, own=False, rank=0, world=1, all_reduce=lambda x: x):
+def cache_tokens(source, encode, folder, *, anew=False, rank=0, world=1, all_reduce=lambda x: x):
     """Encode a TokenSource into a folder, for Tokens(). The ranks share the missing blocks. encode: images
-    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. If the folder
-    holds other tokens: with `own`, they are replaced; else ValueError. ValueError also if ids or codes exceed
-    65,535. OSError if most samples cannot be read."""
-    if len(source.tokenizer) > 65536:
-        raise ValueError(f"a token cache holds ids up to 65535, not {len(source.tokenizer):,} tokens")
+    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. Tokens made from
+    other data or by another model are replaced, with `anew` all are. OSError if most samples fail."""
     key, key_file = source.key(), os.path.join(folder, "key.json")
-    found = json.loads(read_text(key_file)) if os.path.exists(key_file) else {}
-    differ = [name for name, value in key.items() if found and found.get(name) != value]
-    foreign = not found and glob.glob(os.path.join(glob.escape(folder), "*.npy"))
-    if (differ or foreign) and not own:
-        raise ValueError(f"{folder} holds tokens of another {' and '.join(differ) or 'project'}: remove it")
-    if rank == 0 and (differ or not found):
+    found = json.loads(read_text(key_file)) if os.path.exists(key_file) and not anew else {}
+    differ = [name for name, value in key.items() if found.get(name) != value]
+    if found and differ:
+        print0(f"the tokens in {folder} are made again: {' and '.join(differ)} changed")
+    if differ and rank == 0:
         os.makedirs(folder, exist_ok=True)
         for path in glob.glob(os.path.join(glob.escape(folder), "*.npy")):
             os.remove(path)
@@ -651,8 +730,8 @@ def cache_tokens(source, encode, folder, *, own=False, rank=0, world=1, all_redu
     for block in all_reduce(missing).nonzero().flatten().tolist()[rank::world]:
         indices += range(block * BLOCK, min(n, (block + 1) * BLOCK))
     n_cut, n_texts = all_reduce(encode_blocks(source, encode, paths, indices)).tolist()
-    if n_cut and rank == 0:
-        print(f"warning: --n_text {source.n_text} cuts {n_cut:,} of {n_texts:,} captions", flush=True)
+    if n_cut:
+        print0(f"warning: --n_text {source.n_text} cuts {n_cut:,} of {n_texts:,} captions")
 
 def encode_blocks(source, encode, paths, indices):
     """Encode whole blocks of samples into their files -> tensor (captions cut, captions)."""
@@ -697,20 +776,17 @@ OUTLINES = {  # corners of the right half, from top to bottom, in radii; the lef
     "star": [(0, -1), (0.36, -0.42), (1, -0.36), (0.55, 0.2), (0.7, 1), (0, 0.62)],
     "hourglass": [(1, -1), (0, 0), (1, 1)],
     "arrow": [(0, -1), (1, 0), (0.5, 0), (0.5, 1)]}
-# In which direction the first thing is from the second
-RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = tuple(OPPOSITE)  # where the first thing is from the second
 WORDS = {"small": ("small", "little"), "large": ("large", "big"), "left of": ("left of", "to the left of"),
          "right of": ("right of", "to the right of"), "above": ("above", "over"), "below": ("below", "under")}
-# Each caption of a scene: how it begins, and its article. The first N_FULL name all attributes. N_BACKWARD of
-# them name the right or lower thing first: only one, or models would have to learn the relation words first.
+# How each caption begins, and its article. The first N_FULL name all attributes. N_BACKWARD name the right or
+# lower thing first: only one, or models would have to learn the relation words first.
 PHRASES = (("", "a"), ("there is ", "a"), ("", "the"), ("we see ", "a"), ("", "a"), ("", ""))
 N_FULL, N_BACKWARD = 4, 1
 SCENE_SIDE = 40  # pixels
 BACKGROUND = (250, 248, 242)
-# Pixels. Centres are multiples of this, and most corners are multiples of half of it. So different things
-# share many patches of this size, as photographs do.
-LATTICE = 4
+LATTICE = 4  # pixels. Centres are multiples of it, so that things share patches, as photographs do
 
 class Scenes(Dataset):
     """Scene i depends on the split (train, val or heldout) and i alone. The splits share no scene."""
@@ -725,7 +801,7 @@ class Scenes(Dataset):
             n_things = 1 if rng.random() < 0.25 else 2
             things = [(rng.choice(list(SIZES)), rng.choice(list(COLOURS)), rng.choice(SHAPES))
                       for _ in range(n_things)]
-            relation = rng.choice(list(RELATIONS)) if n_things == 2 else None
+            relation = rng.choice(RELATIONS) if n_things == 2 else None
             key = repr(sorted(facts(things, relation)))
             split = "val" if zlib.crc32(key.encode()) % 10 == 0 else "train"  # one combination in ten
             if any(held_out(thing) for thing in things):
@@ -839,21 +915,21 @@ def read_scene(image):
     if len(found) != 2:
         return None
     (first, (x1, y1)), (second, (x2, y2)) = found
-    step = (x1 - x2, 0) if abs(x1 - x2) > abs(y1 - y2) else (0, y1 - y2)
-    for relation, direction in RELATIONS.items():
-        if direction == tuple(np.sign(step)):
-            return facts([first, second], relation)
-    return None
+    if (x1, y1) == (x2, y2):
+        return None
+    if abs(x1 - x2) > abs(y1 - y2):
+        relation = "left of" if x1 < x2 else "right of"
+    else:
+        relation = "above" if y1 < y2 else "below"
+    return facts([first, second], relation)
 
 def components(mask):
     """A mask (h, w) -> the masks of its 4-connected components, the largest first."""
-    padded, before = np.zeros(np.add(mask.shape, 2), np.int32), None
-    labels = padded[1:-1, 1:-1]
-    labels[mask] = np.arange(1, mask.sum() + 1)
+    labels, before = np.arange(1, mask.size + 1).reshape(mask.shape) * mask, None
     while not np.array_equal(labels, before):  # each pixel takes the largest label next to it
-        before = labels.copy()
-        for neighbour in (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:]):
-            np.maximum(labels, neighbour * mask, out=labels)
+        before, around = labels, np.pad(labels, 1)
+        neighbours = around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]
+        labels = np.maximum.reduce([labels, *neighbours]) * mask
     ids, sizes = np.unique(labels[mask], return_counts=True)
     return [labels == i for i in ids[np.argsort(-sizes)]]
 
@@ -883,9 +959,8 @@ def one_caption_each(references):
     return [captions[i % len(captions)] for i, captions in enumerate(references)]
 
 def exact_rates(prompts, pictures, references, captions):
-    """-> {"t2i": share of pictures that show what their prompts say, "i2t": share of captions true of their
-    scenes}; {} if these are no scenes. references: each scene's captions, a full one first."""
-    scenes = [parse_caption(of_scene[0]) for of_scene in references]
+    """-> shares of pictures ("t2i") and captions ("i2t") that are true; {} if references are of no scenes."""
+    scenes = [parse_caption(of_scene[0]) for of_scene in references]  # the first caption names all
     if not all(scenes):
         return {}
     shown = [matches(parse_caption(text), read_scene(picture)) for text, picture in zip(prompts, pictures)]

@@ -5,8 +5,7 @@ $ python sample.py                                  both ways on validation samp
 $ python sample.py --prompt "a small red circle above a large blue square" --rerank 32
 $ python sample.py --prompts captions.txt           one caption a line
 $ python sample.py --image picture.png folder       what do the pictures show?
-$ python sample.py --image picture.png --beam 4     the likeliest captions instead of random ones
-$ python sample.py --image picture.png --prefix "there is a"                     captions that begin so
+$ python sample.py --image picture.png --beam 4     the likeliest captions; --prefix "there is a" begins them
 $ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep the top, paint the rest
 $ python sample.py --image picture.png --variations paint what the captions say of the picture
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
@@ -14,18 +13,16 @@ $ python sample.py --eval                           scores on validation data, o
 $ python sample.py --serve                          a page to play with, on http://localhost:8000
 $ python sample.py --export assets/scenes           the weights of a run alone, to be used as --out_dir
 
-Outputs go to --save_dir: pictures, a sheet of all of them with captions, and samples.json (prompts, seeds,
-settings, scores) or scores.json. To use a run from Python, see load().
+Outputs go to --save_dir: pictures, a sheet of them (the first 64 rows) with captions, and samples.json
+(prompts, seeds, settings, scores) or scores.json. To use a run from Python, see load().
 
 References: SSIM, Wang et al. 2004; FID, Heusel et al. 2017, https://arxiv.org/abs/1706.08500 (with
 pytorch-fid's network); BLEU, Papineni et al. 2002; ROUGE-L, Lin 2004; CIDEr-D, Vedantam et al. 2015,
 https://arxiv.org/abs/1411.5726, as the MS-COCO caption evaluation computes them.
 """
 import base64
-import contextlib
 import copy
 import io
-import itertools
 import json
 import math
 import os
@@ -35,6 +32,7 @@ import sys
 import threading
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from math import inf
 from pathlib import Path
@@ -43,7 +41,6 @@ from statistics import median
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 
 import augvae
@@ -51,7 +48,7 @@ import data
 from augvae import AugVAE, build_model, fingerprint, read_checkpoint
 from biart import BiART, BiARTConfig, Sampling
 from tokenizer import Tokenizer
-from train import (GUIDANCE, Context, TrainConfig, make_config, make_settings, parse, save_checkpoint)
+from train import GUIDANCE, Context, make_config, make_settings, parse, save_checkpoint
 
 @dataclass
 class SampleConfig:
@@ -104,8 +101,7 @@ class SampleConfig:
 # A run: its models, and how they are sampled
 
 def load(out_dir="out", **settings):
-    """A trained run, to use from Python. Settings are fields of SampleConfig. Raises ValueError where the run
-    is not complete or a setting is out of range.
+    """A trained run, to use from Python. Settings are fields of SampleConfig. ValueError if one is wrong.
 
     >>> run = load("out")
     >>> pictures = run.paint("a small red circle above a large blue square", n=4, rerank=8)  # PIL images
@@ -138,14 +134,13 @@ class Run:
 
     def paint(self, prompt, n=1, image=None, **settings):
         """A caption -> n PIL images. They keep the first keep_rows rows of tokens of `image`, a PIL image."""
-        run, images = self.with_settings(**settings), [image] if image else None
-        run.check_kept(images)
-        return [record["picture"] for record in next(run.paint_all([prompt], n, images))]
+        groups = self.with_settings(**settings).paint_all([prompt], n, [image] if image else None)
+        return [record["picture"] for record in next(groups)]
 
     def caption(self, image, n=1, **settings):
         """A PIL image -> n captions."""
-        run = self.with_settings(**settings)
-        return [record["caption"] for record in next(run.caption_all([image], n))]
+        groups = self.with_settings(**settings).caption_all([image], n)
+        return [record["caption"] for record in next(groups)]
 
     def score(self, caption, image):
         """Caption, PIL image -> {"t2i": log p(image | caption), "i2t": log p(caption | image)}, in nats."""
@@ -154,21 +149,20 @@ class Run:
             return {"t2i": self.biart.log_likelihood(text, codes, "image")[0].item(),
                     "i2t": self.biart.log_likelihood(text, codes, "text")[0].item()}
 
-    def paint_all(self, prompts, n=1, images=None, on_token=None, choose=None):
+    def paint_all(self, prompts, n=1, images=None, on_token=None):
         """Captions -> for each, one after the other, a list of n records, best first: {"picture": PIL image,
-        "prompt", and what candidates() says}. images: PIL images, one a caption, which keep their first
-        --keep_rows rows. choose: a function that picks records from all candidates instead of the best n."""
+        "prompt", and what candidates() says}. images: PIL images to complete, one a caption."""
+        self.check_kept(images)
         n_kept = self.config.keep_rows * self.image_side
         for indices in self.input_batches(len(prompts), n, "painting"):
             text = self.tokenize([prompts[i] for i in indices])
             prefix = self.encode([images[i] for i in indices])[0][:, :n_kept] if images else None
             for i, group in zip(indices, self.candidates(text, "image", n, indices, prefix, on_token)):
-                group = choose(group) if choose else group[:n]
-                pixels = self.decode(torch.stack([record["tokens"] for record in group]))
+                pixels = self.decode(torch.stack([record["tokens"] for record in group[:n]]))
                 yield [{"picture": data.to_image(x), "prompt": prompts[i], **record}
                        for x, record in zip(pixels, group)]
 
-    def caption_all(self, images, n=1, on_token=None, choose=None):
+    def caption_all(self, images, n=1, on_token=None):
         """PIL images -> as paint_all(), with "caption" instead of "prompt"."""
         ids, n_text = self.tokenizer.encode(self.config.prefix.strip()), self.biart.config.n_text
         if len(ids) >= n_text:
@@ -177,21 +171,19 @@ class Run:
             codes, pixels = self.encode([images[i] for i in indices])
             prefix = codes.new_tensor(ids).expand(len(indices), -1)
             for x, group in zip(pixels, self.candidates(codes, "text", n, indices, prefix, on_token)):
-                group = choose(group) if choose else group[:n]
                 yield [{"picture": data.to_image(x), **record,
                         "caption": self.tokenizer.decode(record["tokens"].tolist()).strip()}
-                       for record in group]
+                       for record in group[:n]]
 
     def candidates(self, ref, to, n, indices, prefix=None, on_token=None):
         """Generate, judge and rank: all uses come down to this.
 
-        ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens.
-        indices: the numbers of these inputs, for the seeds.
+        ref (B, n_ref): text for to="image", image codes for to="text". prefix (B, m): the first GEN tokens,
+        None only for images. indices: the numbers of these inputs, for the seeds.
         -> for each input a list of at least n records, best first (as drawn with --rerank 1): {"tokens":
         (n_gen,), "seed": None for beams, "scores": {"forward": log p(candidate | input), "reverse":
         log p(input | candidate)}, nats}."""
         c = self.config
-        prefix = ref[:, :0] if prefix is None else prefix
         searching = to == "text" and c.beam > 0
         n = c.beam if searching else max(n, c.rerank)
         repeated = ref.repeat_interleave(n, 0)
@@ -202,8 +194,7 @@ class Run:
                 forward, _ = self.biart.log_likelihood(tokens, repeated, "text", prefix.shape[1])
             else:
                 seeds = [c.seed + 1000 * i + j for i in indices for j in range(n)]
-                temperature = c.temperature if c.temperature > 1e-6 else 0  # less would overflow
-                sampling = Sampling(temperature, c.top_k, c.top_p, c.guidance)
+                sampling = Sampling(c.temperature, c.top_k, c.top_p, c.guidance)
                 tokens, forward = self.biart.generate(ref, to, n, prefix, sampling, seeds, on_token)
             if to == "image":
                 reverse, _ = self.biart.log_likelihood(repeated, tokens, "text")
@@ -231,7 +222,7 @@ class Run:
         """Raises ValueError unless images to complete and --keep_rows go together."""
         kept, side = self.config.keep_rows, self.image_side
         if bool(images) != bool(kept):
-            raise ValueError("an image to complete needs keep_rows, and the other way round")
+            raise ValueError("an image to complete needs --keep_rows, and the other way round")
         if kept >= side:
             raise ValueError(f"--keep_rows {kept} is not in 1 to {side - 1}, of {side} rows of tokens")
 
@@ -259,8 +250,7 @@ class Run:
             ids, cut = self.tokenizer.encode_padded(caption, n_text)
             rows.append(ids)
             if cut:
-                print(f"warning: a caption is longer than {n_text - 1} tokens and was cut to "
-                      f"{self.tokenizer.decode(ids)!r}", file=sys.stderr)
+                print(f"warning: a caption was cut to {self.tokenizer.decode(ids)!r}", file=sys.stderr)
         return torch.tensor(rows, device=self.context.device)
 
     def with_settings(self, **settings):
@@ -281,12 +271,13 @@ class Run:
 
 def read_images(run, paths):
     """Image files and folders -> records {"image": path, "picture": PIL image, as the models take it}. In a
-    folder, unreadable images are left out with a warning. ValueError for others and for an empty folder."""
+    folder, unreadable images are left out with a warning. ValueError for others, and if no image is left."""
     records = []
     for path in paths:
-        files, n_before = [path], len(records)
+        files = [path]
         if os.path.isdir(path):
-            files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if data.is_image(name)]
+            files = [os.path.join(path, name) for name in sorted(os.listdir(path))
+                     if data.is_image(name) and not data.is_hidden(name)]
         for file in files:
             try:
                 records.append({"image": file, "picture": data.to_image(run.crop(data.load_image(file)))})
@@ -294,34 +285,33 @@ def read_images(run, paths):
                 if file == path:
                     raise
                 print(f"warning: {e}", file=sys.stderr)
-        if len(records) == n_before:
-            raise ValueError(f"there is no image in the folder {path}")
+    if not records:
+        raise ValueError(f"{', '.join(paths)} is not an image or a folder of images")
     return records
 
-def save_samples(run, name, rows, columns):
+def save_samples(run, name, rows, columns=8):
     """Write records: each picture, as soon as it is there, to {name}_{i}.png; what is known of them to
-    samples.json; and all of them over their captions to sheets, {name}.png, {name}_sheet_2.png, ..."""
-    entries = []
-    for record in itertools.chain.from_iterable(rows):
-        file = f"{name}_{len(entries)}.png"
-        path = os.path.join(run.save_dir, file)
-        record["picture"].save(path)
-        known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
-        entries.append({"file": file, **known})
-        print(f"{path}: {label(record)}")
+    samples.json; and a sheet of pictures over their captions, the first 64 rows, to {name}.png."""
+    entries, columns = [], columns if 2 <= columns <= 16 else 8
+    for row in rows:
+        for record in row:
+            file = f"{name}_{len(entries)}.png"
+            path = os.path.join(run.save_dir, file)
+            record["picture"].save(path)
+            known = {key: value for key, value in record.items() if key not in ("picture", "tokens")}
+            entries.append({"file": file, **known})
+            print(f"{path}: {label(record)}")
     save_json(run, "samples", entries)
-    on_sheet = 64 * columns
-    for start in range(0, len(entries), on_sheet):
-        shown = entries[start:start + on_sheet]
-        pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in shown]
-        path = f"{name}.png" if start == 0 else f"{name}_sheet_{start // on_sheet + 1}.png"
-        path = os.path.join(run.save_dir, path)
-        data.contact_sheet(pictures, [label(entry) for entry in shown], columns).save(path)
-        print(f"wrote {path}")
+    shown, path = entries[:64 * columns], os.path.join(run.save_dir, f"{name}.png")
+    pictures = [data.load_image(os.path.join(run.save_dir, entry["file"])) for entry in shown]
+    data.contact_sheet(pictures, [label(entry) for entry in shown], columns).save(path)
+    which = ", the first 64 rows" if len(shown) < len(entries) else ""
+    print(f"wrote {path}{which}")
 
 def save_json(run, name, content):
     """{name}.json: the content, and the settings that made it."""
-    with open(os.path.join(run.save_dir, f"{name}.json"), "w", encoding="utf-8") as f:
+    path = os.path.join(run.save_dir, f"{name}.json")
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as f:  # not all file names are UTF-8
         json.dump({"settings": asdict(run.config), name: content}, f, indent=1, ensure_ascii=False)
 
 def label(record):
@@ -332,10 +322,6 @@ def label(record):
         return f"it says: {record['caption']}"
     return record["image"]
 
-def sheet_columns(group_size):
-    """Pictures side by side on a sheet: those of one input if they are 2 to 16, else 8."""
-    return group_size if 2 <= group_size <= 16 else 8
-
 def reconstruct(run, paths):
     """Images, each beside what its tokens keep of it."""
     shown, pairs = read_images(run, paths), []
@@ -343,51 +329,47 @@ def reconstruct(run, paths):
         decoded = run.decode(run.encode([record["picture"] for record in some])[0])
         for record, x in zip(some, decoded):
             pairs.append([record, {"picture": data.to_image(x), "image": f"{record['image']}, its tokens"}])
-    save_samples(run, "reconstructed", pairs, 2 * min(4, len(shown)))
+    save_samples(run, "reconstructed", pairs)
 
 def caption_files(run):
     """--image: n captions of each image."""
     shown, n = read_images(run, run.config.image), run.config.n
     captioned = run.caption_all([record["picture"] for record in shown], n)
     rows = ([{**image, **record} for record in group] for image, group in zip(shown, captioned))
-    save_samples(run, "captioned", rows, sheet_columns(min(n, run.config.beam or n)))
+    save_samples(run, "captioned", rows, min(n, run.config.beam or n))
 
 def repaint_files(run):
     """--image with --prompt or --variations: each image, then n pictures that begin with its first rows."""
     c, shown = run.config, read_images(run, run.config.image)
     images, n = [record["picture"] for record in shown], c.n
-    if c.keep_rows:
-        run.check_kept(images)
     if c.variations:
         captioned = list(run.caption_all(images, n))
         n = len(captioned[0])  # with --beam, at most that many
         prompts = [record["caption"] for group in captioned for record in group]
-        painted = run.paint_all(prompts, 1, [image for image in images for _ in range(n)])
+        repeated = [image for image in images for _ in range(n)]
+        painted = run.paint_all(prompts, 1, repeated if c.keep_rows else None)
     else:
         painted = run.paint_all([c.prompt] * len(images), n, images)
     painted = [record for group in painted for record in group]
     rows = [[record, *painted[i * n:(i + 1) * n]] for i, record in enumerate(shown)]
-    save_samples(run, "repainted", rows, sheet_columns(n + 1))
+    save_samples(run, "repainted", rows, n + 1)
 
 def paint_prompts(run):
     """--prompt or --prompts: n pictures of each caption."""
     c, prompts = run.config, [run.config.prompt]
     if c.prompts:
         prompts = data.decode_captions(Path(c.prompts).read_bytes(), c.prompts)
-    save_samples(run, "painted", run.paint_all(prompts, c.n), sheet_columns(c.n))
+    save_samples(run, "painted", run.paint_all(prompts, c.n), c.n)
 
 def show_both_directions(run, dataset):
-    """Validation samples: a row painted from their captions, then a row of their images, captioned anew."""
-    items, columns = range(len(dataset)), min(8, len(dataset))
-    references = [dataset.captions(i) for i in items]
-    painted = [group[0] for group in run.paint_all([captions[0] for captions in references])]
-    captioned = [group[0] for group in run.caption_all([dataset.image(i) for i in items])]
-    for record, captions in zip(captioned, references):
-        record["references"] = captions
-    rows = []
-    for start in range(0, len(items), columns):
-        rows += [painted[start:start + columns], captioned[start:start + columns]]
-    save_samples(run, "samples", rows, columns)
+    """Validation samples: a caption, painted, and beside it the image, captioned anew."""
+    references = [dataset.captions(i) for i in range(len(dataset))]
+    painted = run.paint_all([captions[0] for captions in references])
+    captioned = run.caption_all([dataset.image(i) for i in range(len(dataset))])
+    pairs = []
+    for captions, paintings, found in zip(references, painted, captioned):
+        pairs.append([paintings[0], {**found[0], "references": captions}])
+    save_samples(run, "samples", pairs)
 
 # -----------------------------------------------------------------------------
 # Metrics of pictures
@@ -396,16 +378,11 @@ def psnr(x, y):
     """Images (B, 3, H, W) in [0, 1], twice -> peak signal-to-noise ratio (B,), dB, at most 100."""
     return -10 * (x - y).square().mean((1, 2, 3)).clamp_min(1e-10).log10()
 
-def l1(x, y):
-    """Images (B, 3, H, W) in [0, 1], twice -> mean absolute difference (B,)."""
-    return (x - y).abs().mean((1, 2, 3))
-
 def ssim(x, y):
     """Images (B, C, H, W) in [0, 1], twice, 11 pixels or more -> structural similarity (B,), at most 1."""
-    device = "cpu" if x.device.type == "mps" else x.device  # Apple's GPUs have no float64
-    x, y = x.to(device).double(), y.to(device).double()
+    x, y = x.cpu().double(), y.cpu().double()  # Apple's GPUs have no float64
     # a Gaussian window, sigma 1.5, as in Wang et al. 2004
-    window = torch.exp(-torch.arange(-5, 6, device=device).double().square() / (2 * 1.5 ** 2))
+    window = torch.exp(-torch.arange(-5, 6).double().square() / (2 * 1.5 ** 2))
     window = (torch.outer(window, window) / window.sum() ** 2).expand(x.shape[1], 1, 11, 11)
     mx, my, xx, yy, xy = (F.conv2d(z, window, groups=len(window)) for z in (x, y, x * x, y * y, x * y))
     vx, vy, vxy = xx - mx * mx, yy - my * my, xy - mx * my  # variances and covariance
@@ -451,9 +428,8 @@ class FIDInception(nn.Module):
         return torch.cat(features)
 
 def frechet_distance(x, y):
-    """FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)). The
-    QR decomposition of centred features gives their covariance C = R'R, and the last trace is the sum of the
-    singular values of R_x R_y'. This needs no matrix square root, and is exact where N < D, too."""
+    """FID of features (N, D) and (M, D): |mean_x - mean_y|^2 + tr(C_x) + tr(C_y) - 2 tr((C_x C_y)^(1/2)). A
+    QR decomposition gives C = R'R, and the last trace is the sum of the singular values of R_x R_y'."""
     if min(len(x), len(y)) < 2:
         raise ValueError(f"FID needs two sets of at least 2 images, not {len(x)} and {len(y)}")
     x, y = x.double(), y.double()
@@ -579,9 +555,8 @@ def load_metric(run, network):
         print(f"{network.__name__} is left out ({error}); --download fetches it")
 
 def reconstruction_scores(run, val, inception=None):
-    """-> "psnr", "ssim", "l1", "lpips" and "rfid" where there are weights; "codebook_use", "perplexity"."""
-    lpips = load_metric(run, augvae.LPIPS)
-    metrics = {"psnr": psnr, "l1": l1}
+    """-> "psnr", "ssim", "codebook_use", "perplexity", and "lpips", "rfid" where there are weights."""
+    metrics, lpips = {"psnr": psnr}, load_metric(run, augvae.LPIPS)
     if run.vae.config.image_size >= 11:  # the side of its window
         metrics["ssim"] = ssim
     if lpips:
@@ -599,29 +574,24 @@ def reconstruction_scores(run, val, inception=None):
     scores = {name: total / len(val) for name, total in totals.items()}
     if inception:
         scores["rfid"] = frechet_distance(inception(originals), inception(reconstructions))
-    scores["codebook_use"], scores["perplexity"] = augvae.codebook_use(counts)
+    scores["codebook_use"], scores["perplexity"] = augvae.codebook_use(counts).tolist()
     return scores
 
 def likelihood_scores(run, val):
     """-> "t2i_bits", "i2t_bits": bits per generated token; "t2i_recall1", "t2i_recall5": how often the right
-    image is among the one or five that explain a caption best, by log p(caption | image); "i2t_recall1",
-    "i2t_recall5": the same of the captions that explain an image."""
+    image is among the 1 or 5 that explain a caption best, by log p(caption | image); "i2t_recall1" and
+    "i2t_recall5": the same of captions that explain an image."""
     text = run.tokenize(data.one_caption_each([val.captions(i) for i in range(len(val))]))
     image = torch.cat([run.encode([val.image(i) for i in indices])[0]
                        for indices in data.progress(range(len(val)), 50, "encoding")])
-    sides, scores = {"text": text, "image": image}, {}
+    sides, n, scores = {"text": text, "image": image}, min(RETRIEVAL_PAIRS, len(val)), {}
     for direction, query, answer in (("t2i", "text", "image"), ("i2t", "image", "text")):
+        pairs = {query: sides[query][:n].repeat(n, 1), answer: sides[answer][:n].repeat_interleave(n, 0)}
         with run.context.autocast():
             log_p, n_tokens = run.biart.log_likelihood(text, image, to=answer)
+            table, _ = run.biart.log_likelihood(**pairs, to=query)
         scores[f"{direction}_bits"] = -log_p.sum().item() / math.log(2) / n_tokens.sum().item()
-        queries, answers = sides[query][:RETRIEVAL_PAIRS], sides[answer][:RETRIEVAL_PAIRS]
-        table = []  # log p(query | answer): a row an answer, a column a query
-        for some in data.progress(answers, 8, f"retrieval of {answer}"):
-            pairs = {query: queries.repeat(len(some), 1), answer: some.repeat_interleave(len(queries), 0)}
-            with run.context.autocast():
-                log_p, _ = run.biart.log_likelihood(**pairs, to=query)
-            table.append(log_p.view(len(some), len(queries)))
-        table = torch.cat(table)
+        table = table.view(n, n)  # log p(query | answer): a row an answer, a column a query
         n_better = (table > table.diag()).sum(0)  # answers that explain a query better than the right one
         for k in (1, 5):
             scores[f"{direction}_recall{k}"] = (n_better < k).double().mean().item()
@@ -629,18 +599,17 @@ def likelihood_scores(run, val):
 
 def generation_scores(run, dataset, inception=None):
     """Paint a caption of each item and caption each image -> caption_scores(), "fid" and, of built-in scenes,
-    "t2i_exact", "i2t_exact", the shares that are right in everything said. These are of the candidates drawn
-    first. With --rerank the best ones are scored, too: "..._rerank"."""
+    "t2i_exact", "i2t_exact", the shares that are right in everything said. They score the candidates drawn
+    first, and with --rerank also the best: "..._rerank"."""
     references = [dataset.captions(i) for i in range(len(dataset))]
     images = [data.to_image(run.crop(dataset.image(i))) for i in range(len(dataset))]
     prompts, n, scores = data.one_caption_each(references), run.config.rerank, {}
 
-    def first_and_best(candidates):
-        first = min(candidates, key=lambda record: record["seed"] or 0)  # beams have no seeds
-        return [first, candidates[0]] if n > 1 else [first]
+    def first_and_best(group):
+        return min(group, key=lambda record: record["seed"] or 0), group[0]  # beams have no seeds
 
-    painted = list(run.paint_all(prompts, n, choose=first_and_best))
-    captioned = list(run.caption_all(images, n, choose=first_and_best))
+    painted = [first_and_best(group) for group in run.paint_all(prompts, n)]
+    captioned = [first_and_best(group) for group in run.caption_all(images, n)]
     for i, suffix in enumerate(["", "_rerank"] if n > 1 else [""]):
         pictures = [records[i]["picture"] for records in painted]
         captions = [records[i]["caption"] for records in captioned]
@@ -655,7 +624,7 @@ def generation_scores(run, dataset, inception=None):
 # -----------------------------------------------------------------------------
 # A page in the browser, for this machine alone
 
-MAX_BYTES, MAX_CHARACTERS, MAX_PIXELS = 10_000_000, 2000, 50_000_000  # of a request, its prompt, its picture
+MAX_BYTES = 10_000_000  # of a request
 REQUEST = {"prompt": str, "image": str, "n": int, "temperature": (int, float), "top_k": int,
            "top_p": (int, float), "guidance": (int, float), "seed": int, "keep_rows": int}
 
@@ -666,11 +635,10 @@ def serve(run):
     except OSError as e:
         raise ValueError(f"cannot listen on --port {run.config.port} ({e.strerror})") from None
     print(f"http://localhost:{server.server_address[1]} paints and captions; Ctrl-C ends it", flush=True)
+    # An ordinary exit would shut torch down while other threads still compute, and crash
     for number in (signal.SIGTERM, signal.SIGINT):  # background jobs of a shell ignore SIGINT otherwise
-        signal.signal(number, signal.default_int_handler)
-    with contextlib.suppress(KeyboardInterrupt):
-        server.serve_forever()
-    os._exit(0)  # an ordinary exit would shut torch down while other threads still compute, and crash
+        signal.signal(number, lambda *_: os._exit(0))
+    server.serve_forever()
 
 class PageServer(ThreadingHTTPServer):
     """A thread for each request. The lock `models` gives the run to one of them at a time."""
@@ -678,7 +646,6 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self, run):
         super().__init__(("127.0.0.1", run.config.port), PageHandler)
         self.run, self.models = run, threading.Lock()
-        Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow refuses a picture of twice as many
         content = {"title": Path(run.config.out_dir).absolute().name, "side": run.image_side,
                    "prompts": run.examples(), "max_bytes": MAX_BYTES,
                    "settings": {name: getattr(run.config, name) for name in REQUEST}}
@@ -689,8 +656,7 @@ class PageServer(ThreadingHTTPServer):
 class PageHandler(BaseHTTPRequestHandler):
     """GET / answers with the page. POST /paint and /caption answer with lines of JSON: {"notes":
     [sentences]}; as tokens come, {"known": number, "pictures": [URLs]} or {"captions": [...]}; last
-    {"records": [...]} or {"error": sentence}. Writing to a client that has left raises OSError, and this ends
-    its work."""
+    {"records": [...]} or {"error": sentence}. A client that leaves ends its work: writing raises OSError."""
     timeout = 20  # seconds that one read or write may take
     started = False  # whether the status has been sent
 
@@ -713,15 +679,14 @@ class PageHandler(BaseHTTPRequestHandler):
         if not ours or self.headers.get("Origin", f"http://{host}") != f"http://{host}":
             raise ValueError("this server answers its own page only")
         if self.command == "GET" and self.path == "/":
-            self.start(200, "text/html")
-            self.wfile.write(self.server.page)
+            self.send(page=self.server.page)
         elif self.command == "POST" and self.path in ("/paint", "/caption"):
             length = self.headers.get("Content-Length", "")
             if not length.isdecimal() or int(length) > MAX_BYTES:
                 raise ValueError(f"a request needs a Content-Length of at most {MAX_BYTES:,} bytes")
             body = self.rfile.read(int(length))
             with self.server.models:
-                self.work(*read_request(self.server.run, self.path, body))
+                self.work(*read_request(self.server.run, body))
         else:
             raise ValueError("there is nothing at this address")
 
@@ -744,21 +709,19 @@ class PageHandler(BaseHTTPRequestHandler):
             del record["tokens"]
         self.send(records=records)
 
-    def start(self, status, kind):
-        self.started = True
-        self.send_response(status)
-        self.send_header("Content-Type", f"{kind}; charset=utf-8")
-        self.end_headers()
-
-    def send(self, status=200, **line):
+    def send(self, status=200, page=None, **line):
+        """Write the page or a line of JSON. The first call writes the header, too."""
         if not self.started:
-            self.start(status, "application/x-ndjson")
-        self.wfile.write(json.dumps(line).encode() + b"\n")
+            self.started = True
+            self.send_response(status)
+            self.send_header("Content-Type", "text/html" if page else "application/x-ndjson")
+            self.end_headers()
+        self.wfile.write(page or json.dumps(line).encode() + b"\n")
 
     def send_error(self, code, message=None, explain=None):  # the base class calls it, too
         self.send(code, error=message or "the request cannot be read")
 
-def read_request(run, path, body):
+def read_request(run, body):
     """JSON -> the run with the settings in it, the prompt or "", a PIL image or None. Raises ValueError."""
     asked = json.loads(body)
     if not isinstance(asked, dict):
@@ -767,17 +730,15 @@ def read_request(run, path, body):
         if not isinstance(value, REQUEST.get(name, ())):
             raise ValueError(f"{name[:50]} cannot be {str(value)[:50]!r}")
     prompt, image = asked.pop("prompt", "").strip(), asked.pop("image", "")
+    if not prompt and not image:
+        raise ValueError("the request needs a prompt or an image")
     n = asked.pop("n", run.config.n)
-    if len(prompt) > MAX_CHARACTERS:
-        raise ValueError(f"the prompt is longer than {MAX_CHARACTERS} characters")
     run = run.with_settings(**asked, n=n, rerank=n)
-    if path == "/paint":
+    if prompt:
         run.check_kept(image)
-    if path == "/caption" or image:
+    if image:
         file = io.BytesIO(base64.b64decode(image))
         image = data.load_image(file, name="the file", formats=("PNG", "JPEG", "GIF", "WEBP", "BMP"))
-    if bool(prompt) != (path == "/paint"):
-        raise ValueError("/paint needs a prompt, and /caption an image alone")
     return run, prompt, image or None
 
 def data_url(picture):
@@ -791,26 +752,20 @@ def data_url(picture):
 def export(run, folder):
     """augvae_sl.pt, biart.pt and tokenizer.json without what training needs, to be used as a run. Parameters
     become float16. The codebook stays float32: codes are chosen by small differences."""
-    if os.path.isdir(folder) and os.path.samefile(folder, run.config.out_dir):
-        raise ValueError(f"--export {folder} would overwrite the run: name another folder")
     os.makedirs(folder, exist_ok=True)
+    if os.path.samefile(folder, run.config.out_dir):
+        raise ValueError(f"--export {folder} would overwrite the run: name another folder")
     for p in (*run.vae.parameters(), *run.biart.parameters()):
         p.data = p.data.half().float()
-    # Settings that are words or numbers; other texts may be paths of this machine
-    words = {"preset", *TrainConfig.choices, *data.DataConfig.choices}
-    settings = {name: value for name, value in run.settings.items()
-                if name in words or not isinstance(value, str)}
+    settings = {name: run.settings[name] for name in ("preset", "data") if name in run.settings}
     made_from = {"augvae": fingerprint(run.vae), "tokenizer": run.tokenizer.fingerprint()}
     for stage, model in (("augvae_sl", run.vae), ("biart", run.biart)):
         weights = model.state_dict()
         weights.update({name: p.data.half() for name, p in model.named_parameters()})
-        save_checkpoint(os.path.join(folder, f"{stage}.pt"), {
-            "stage": stage, "settings": settings, "progress": {"step": 0}, **made_from,
-            "config": asdict(model.config), "model": weights})
+        content = {"stage": stage, "settings": settings, **made_from, "config": asdict(model.config)}
+        save_checkpoint(os.path.join(folder, f"{stage}.pt"), {**content, "model": weights})
     run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    names = "augvae_sl.pt", "biart.pt", "tokenizer.json"
-    size = sum(os.path.getsize(os.path.join(folder, name)) for name in names)
-    print(f"wrote {folder}, {size / 1e6:.1f} MB: `python sample.py --out_dir {folder}` uses it")
+    print(f"wrote {folder}: `python sample.py --out_dir {folder}` uses it")
 
 @torch.no_grad()
 def bench(config, given):
@@ -825,13 +780,11 @@ def bench(config, given):
     c = model.config
     text = torch.full((8, c.n_text), c.pad_token, device=context.device)
     for batch, guidance in ((1, 1.0), (8, 1.0), (1, 4.0), (8, 4.0)):
-        def paint():
-            model.generate(text[:batch], "image", sampling=Sampling(guidance=guidance))  # noqa: B023
+        paint = partial(model.generate, text[:batch], "image", sampling=Sampling(guidance=guidance))
         with context.autocast():
             seconds = median(context.timeit(paint) for _ in range(3))
         print(f"batch {batch}, guidance {guidance:g}: {batch * c.n_image / seconds:.0f} tokens/s, "
-              f"{seconds:.2f} s for {batch} x {c.n_image} tokens behind {c.n_text}, "
-              f"{c.n_layer} x {c.n_embd}, {context.device}, {str(context.dtype)[6:]}", flush=True)
+              f"{seconds:.2f} s, {batch} x {c.n_image} tokens on {context.device}, {str(context.dtype)[6:]}")
     print(f"{context.peak_gb():.2f} GB at most")
 
 # -----------------------------------------------------------------------------
@@ -847,18 +800,15 @@ def check_uses(c, given):
         refuse(name in given and not "".join(given[name]).strip(), f"--{name} is empty")
     for name in ("keep_rows", "variations", "prefix"):
         refuse(getattr(c, name) and not c.image, f"--{name} needs --image")
-    uses = ("prompt", "prompts", "image", "reconstruct", "eval", "serve", "export", "bench")
+    for name in ("prefix", "beam"):
+        refuse(getattr(c, name) and (c.prompt or c.prompts), f"--{name} is for captions: it does not paint")
+    uses = ("prompt", "prompts", "image", "variations", "reconstruct", "eval", "serve", "export", "bench")
     uses = [f"--{name}" for name in uses if getattr(c, name)]
-    refuse(len(uses) > 1 and uses != ["--prompt", "--image"], f"{' and '.join(uses)} are different uses")
-    refuse(c.prompt and c.image and not c.keep_rows, "--prompt with --image needs --keep_rows, how many")
-    refuse(c.keep_rows and not (c.prompt or c.variations), "--keep_rows needs --prompt or --variations, too")
-    refuse(c.prompt and (c.variations or c.prefix), "--variations and --prefix do not go with --prompt")
-    refuse(c.prompts and not os.path.isfile(c.prompts), f"there is no file {c.prompts!r} for --prompts")
-    refuse(c.beam and (c.prompt or c.prompts), "--beam searches for captions: it does not paint")
-    refuse(c.beam and given.get("rerank", 1) > 1, "--beam and --rerank both choose captions: leave one out")
-    sampling = [f"--{name}" for name in ("temperature", "top_k", "top_p") if name in given]
-    refuse(c.beam and c.image and not c.variations and sampling,
-           f"--beam {c.beam} searches and does not sample: leave out {' and '.join(sampling)}")
+    pairs = (["--prompt", "--image"], ["--image", "--variations"])
+    refuse(len(uses) > 1 and uses not in pairs, f"{' and '.join(uses)} are different uses")
+    refuse(c.keep_rows and uses == ["--image"], "--keep_rows needs --prompt or --variations, too")
+    drawing = [f"--{name}" for name in ("rerank", "temperature", "top_k", "top_p") if name in given]
+    refuse(c.beam and uses == ["--image"] and drawing, f"with --beam, leave out {' and '.join(drawing)}")
 
 def open_validation(run, given):
     """The validation data of the run or the command line; and scenes with things never seen, or None."""
@@ -897,6 +847,7 @@ def main(argv):
             show_both_directions(run, data.validation_subset(val, config.n))
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # the console may lack a character
     try:
         main(sys.argv[1:])
     except (ValueError, OSError) as error:

@@ -4,16 +4,14 @@ Tests, by file: tokenizer, data, augvae, biart, train, sample, README.md.
 $ pytest -q -n 2         all, in two processes (by pytest-xdist)
 $ pytest -m "not slow"   all but those that train or start processes
 
-They compare with brute force, with another implementation, or with a slower way to the same result. The slow
-ones run the real commands on a miniature of everything.
+They compare with brute force, another implementation, or a slower way to the same result. The slow ones run
+the real commands on a miniature of everything.
 """
-import argparse
 import base64
 import concurrent.futures
 import contextlib
 import copy
 import csv
-import dataclasses
 import doctest
 import gzip
 import hashlib
@@ -23,10 +21,8 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import pickle
 import queue
-import random
 import re
 import shlex
 import shutil
@@ -37,16 +33,20 @@ import tarfile
 import textwrap
 import threading
 import time
-import urllib.error
+from argparse import Namespace
 from collections import Counter
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from random import Random
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.random import RandomState
 from PIL import Image
-from torch import nn
+from pytest import approx, fixture, mark, param, raises, skip, warns
+from torch import allclose, equal, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -55,29 +55,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 import augvae
-import biart as biart_module
 import data
-import sample as sample_module
+import sample
 import tokenizer as tokenizer_module
 import train
-from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook, Upsample, codebook_use
-from biart import GEN, OTHER, PLAUSIBLE, REF, BiART, BiARTConfig, Sampling, sample_token
-from data import DataConfig
-from tokenizer import Tokenizer
+from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook
+from biart import (GEN, OTHER, PLAUSIBLE, REF, BiART, BiARTConfig, Block, GraphedStep, LinearAfter,
+                   LinearCrossEntropy, Sampling, linear_after, norm_linear, sample_token)
+from data import (DataConfig, crop_to_tensor, draw_things, facts, load_image, matches, parse_caption,
+                  read_scene)
+from tokenizer import Tokenizer, clip_words, learn_merges, trained_words
 
 aten = torch.ops.aten
+slow, old_torch = mark.slow, mark.old_torch  # see pyproject.toml
 HERE = os.path.dirname(os.path.abspath(__file__))
 
-def assert_same_values_and_gradients(f, g, inputs, tolerance, parameters=(), amp=False):
-    """
-    f(*inputs) and g(*inputs) have the same dtype and, up to a share `tolerance` of the largest, the same
-    values. So have the gradients of inputs and parameters. Both draw the same random numbers. amp runs both
-    in bfloat16 autocast.
-    """
+@fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+def assert_same_gradients(f, g, inputs, tolerance, parameters=(), amp=False):
+    """f(*inputs) and g(*inputs) have the same dtypes, values and gradients of inputs and parameters, up to a
+    share `tolerance` of the largest. Both draw the same random numbers. amp: in bfloat16 autocast."""
     results = []
     for function in (f, g):
         torch.manual_seed(1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):  # one each: it caches weights
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=amp):
             y = function(*inputs)
         loss = (y * torch.randn(y.shape, dtype=y.dtype)).sum()
         results.append([y, *torch.autograd.grad(loss, [*inputs, *parameters])])
@@ -106,27 +109,33 @@ CLIP_GOLDEN = [
     ("it's the dog's ball, isn't it? they've seen 3 dogs; we'll go",
      [585, 568, 518, 1929, 568, 1069, 267, 2923, 713, 585, 286, 889, 1200, 2041, 274, 3255, 282, 649,
       1342, 861]),
-    ("  Mixed   CASE\twith\nDON'T ", [6780, 2068, 593, 847, 713]),
+    ("  Mixed   CASE\twith\nwhitespace ", [6780, 2068, 593, 4699, 2138]),
+    ("don't DON'T Don'T", [847, 713, 847, 713, 847, 713]),
     ("naïve café — déjà vu", [1097, 35689, 563, 15304, 2005, 25466, 73, 21259, 13230]),
-    ("Ⅷ ½ ² 3½ cups 12,345.67",
-     [158, 227, 371, 33613, 41175, 274, 33613, 11463, 272, 273, 267, 274, 275, 276, 269, 277, 278]),
+    ("Ⅷ ½ ² 3½ cups of 東京 タワー",
+     [158, 227, 371, 33613, 41175, 274, 33613, 11463, 539, 48338, 21078, 361, 34941, 2429, 107, 30391]),
     ("a" * 70, [23126, 23126, 23126, 23126, 23126, 23126, 23126, 23126, 44413]),
-    ("हिन्दी ไทย", [29446, 26721, 26090, 19389, 29552, 25751, 31718, 245, 33091]),
+    ("日本語のキャプション",
+     [39121, 44353, 34002, 252, 21575, 47121, 2429, 96, 2429, 245, 37665, 2429, 100, 26875]),
+    ("ٱلْعَرَبِيَّة हिन्दी ไทย",
+     [149, 109, 37899, 149, 496, 148, 373, 149, 492, 24933, 149, 492, 35330, 149, 494, 23853, 149, 236,
+      149, 495, 20915, 29446, 26721, 26090, 19389, 29552, 25751, 31718, 245, 33091]),
+    ("under_score __init__ a_b", [1798, 318, 4431, 3838, 42670, 3838, 320, 318, 321]),
     ("<|startoftext|>hello<|endoftext|>", [49406, 3306, 49407]),
 ]
 
-def trained_tokenizer(vocab_size=300):
+def trained(vocab_size=300):
     return Tokenizer.train(TEXTS, vocab_size)
 
 def clip_tokenizer():
-    path = os.environ.get("LVERSE_CLIP_BPE") or os.path.join(
-        HERE, "..", "shared", "data", "clip", "bpe_simple_vocab_16e6.txt.gz")
+    path = os.path.join(HERE, "..", "shared", "data", "clip", "bpe_simple_vocab_16e6.txt.gz")
+    path = os.environ.get("LVERSE_CLIP_BPE", path)
     if not os.path.exists(path):
-        pytest.skip(f"CLIP's merge list is not at {path} (set LVERSE_CLIP_BPE)")
+        skip(f"CLIP's merge list is not at {path} (set LVERSE_CLIP_BPE)")
     return Tokenizer.load(path)
 
 def random_text(rng):
-    """Unicode text, mostly from a few blocks, sometimes from anywhere."""
+    """Unicode text, mostly from a few blocks."""
     blocks = [(0, 0x80), (0x20, 0x7f), (0x80, 0x250), (0x300, 0x370), (0x600, 0x700), (0x2000, 0x2070),
               (0x4e00, 0x4e40), (0x1f300, 0x1f650), (0, 0x110000)]
     text = ""
@@ -144,8 +153,7 @@ def merge_everywhere(ids, pair, new_id):
     return out
 
 def brute_force_train(texts, vocab_size):
-    """Counts everything again after every merge."""
-    words = [list(word.encode()) for text in texts for word in tokenizer_module.trained_words(text)]
+    words = [list(word.encode()) for text in texts for word in trained_words(text)]
     merges = []
     while len(merges) < vocab_size - 258:
         counts = Counter((word[i], word[i + 1]) for word in words for i in range(len(word) - 1))
@@ -156,60 +164,61 @@ def brute_force_train(texts, vocab_size):
         merges.append(pair)
     return merges
 
-def test_the_example_and_the_naive_loop_in_the_docstrings():
+def test_the_examples_in_the_docstrings():
     assert doctest.testmod(tokenizer_module) == (0, 4)
-    loop = textwrap.dedent(tokenizer_module.learn_merges.__doc__.split("slower:\n\n")[1])
-    words = [word for text in TEXTS for word in tokenizer_module.trained_words(text)]
+    loop = textwrap.dedent(learn_merges.__doc__.split("slower:\n\n")[1])
+    words = [word for text in TEXTS for word in trained_words(text)]
     counts = Counter(tuple(word.encode()) for word in words)
     for n_merges in (0, 50, 10000):
         names = {**vars(tokenizer_module), "word_counts": counts, "first_id": 256, "n_merges": n_merges}
         exec(loop, names)
-        assert names["merges"] == tokenizer_module.learn_merges(counts, 256, n_merges)
+        assert names["merges"] == learn_merges(counts, 256, n_merges)
 
 def test_text_comes_back_exactly():
-    rng = random.Random(0)
-    for tokenizer in (Tokenizer.train([], 258), trained_tokenizer()):
+    rng = Random(0)
+    for tokenizer in (Tokenizer.train([], 258), trained()):
         for text in TEXTS + HARD_TEXTS + [random_text(rng) for _ in range(300)]:
             ids = tokenizer.encode(text)
             assert tokenizer.decode(ids) == text
             assert all(0 <= i < tokenizer.end for i in ids)
 
 def test_text_is_cut_into_words():
-    assert tokenizer_module.trained_words("It's  2 late_\n in 2024,\t\tthey said...") == [
+    assert trained_words("It's  2 late_\n in 2024,\t\tthey said...") == [
         "It", "'s", " ", " 2", " late", "_", "\n", " in", " 2", "0", "2", "4", ",", "\t", "\t", "they",
         " said", "..."]
-    words = tokenizer_module.clip_words
-    assert words("It's <B>20Ⅷ½</B>!") == ["it", "'s", "<", "b", ">", "2", "0", "ⅷ", "½", "</", "b", ">!"]
-    assert words("हिन्दी") == ["ह", "ि", "न", "्", "द", "ी"]  # vowel signs are neither letters nor numbers
-    assert words("&amp;amp;lt; &nbsp; x\u3000y") == ["&", "lt", ";", "x", "y"]
-    assert words("a<|StartOfText|>b <|endoftext|>") == ["a", "<|startoftext|>", "b", "<|endoftext|>"]
-    assert words("'ſtop 'Sir a\x1cb\u0345c") == ["'ſ", "top", "'s", "ir", "a", "\x1c", "b", "c"]
+    for text, words in (
+            ("It's <B>20Ⅷ½</B>!", ["it", "'s", "<", "b", ">", "2", "0", "ⅷ", "½", "</", "b", ">!"]),
+            ("हिन्दी", ["ह", "ि", "न", "्", "द", "ी"]),  # vowel signs are neither letters nor numbers
+            ("&amp;amp;lt; &nbsp; x\u3000y", ["&", "lt", ";", "x", "y"]),
+            ("a<|StartOfText|>b <|endoftext|>", ["a", "<|startoftext|>", "b", "<|endoftext|>"]),
+            ("'ſtop 'Sir a\x1cb\u0345c", ["'ſ", "top", "'s", "ir", "a", "\x1c", "b", "c"])):
+        assert clip_words(text) == words
 
 def test_training_equals_brute_force():
     for vocab_size, size in ((258, 258), (300, 300), (10000, 306)):
-        tokenizer = Tokenizer.train(reversed(TEXTS), vocab_size)  # the order does not matter
+        tokenizer = Tokenizer.train(reversed(TEXTS), vocab_size)
         assert tokenizer.merges == brute_force_train(TEXTS, vocab_size) and len(tokenizer) == size
-    # Few letters and long runs: overlapping pairs, equal counts
-    rng = random.Random(1)
+    # Overlapping pairs, equal counts
+    rng = Random(1)
     for _ in range(20):
         texts = ["".join(rng.choices("aab ", k=rng.randrange(1, 200))) for _ in range(4)]
         assert Tokenizer.train(texts, 500).merges == brute_force_train(texts, 500)
     for texts, size in (([], 258), (["abc"], 258), (["abc abc"], 260)):
         assert len(Tokenizer.train(texts, 1000)) == size
-    with pytest.raises(ValueError, match="257.*258"):
+    with raises(ValueError, match="257.*258"):
         Tokenizer.train(TEXTS, 257)
-    with pytest.raises(TypeError):
+    with raises(TypeError):
         Tokenizer.train("one string", 300)
 
 def test_encoding_equals_brute_force(monkeypatch):
-    rng = random.Random(2)
-    tokenizer, remembers_little = trained_tokenizer(10000), trained_tokenizer(10000)
+    rng = Random(2)
+    tokenizer, remembers_little = trained(10000), trained(10000)
     vocabulary = [word for text in TEXTS for word in text.split()]
     for length in [30] * 200 + [5000]:
         text = " ".join(rng.choices(vocabulary, k=5)) + "".join(rng.choices("abn ", k=length))
         text += random_text(rng) + "".join(rng.choices("abn", k=length))
         expected = []
-        for word in tokenizer_module.trained_words(text):
+        for word in trained_words(text):
             ids = list(word.encode())
             for new_id, pair in enumerate(tokenizer.merges, 256):
                 ids = merge_everywhere(ids, pair, new_id)
@@ -219,28 +228,28 @@ def test_encoding_equals_brute_force(monkeypatch):
             patch.setattr(tokenizer_module, "CACHE_WORDS", 3)
             assert remembers_little.encode(text) == expected
     assert len(remembers_little.cache) == 3
-    with pytest.raises(ValueError):
+    with raises(ValueError):
         tokenizer.encode("a\ud800")  # a lone surrogate
 
 def test_decoding_and_padding():
-    tokenizer, text = trained_tokenizer(), "the dog's in the snow"
+    tokenizer, text = trained(), "the dog's in the snow"
     ids, end, pad = tokenizer.encode(text), tokenizer.end, tokenizer.pad
     n = len(ids)
     assert tokenizer.decode([pad, *ids, end, pad]) == text
     assert tokenizer.decode([0xc3]) == "\ufffd"  # half a character
     for bad in (-1, len(tokenizer)):
-        with pytest.raises(ValueError, match=f"{bad}.*{len(tokenizer) - 1}"):
+        with raises(ValueError, match=f"{bad}.*{len(tokenizer) - 1}"):
             tokenizer.decode([bad])
     assert tokenizer.encode_padded(text, n + 3) == (ids + [end, pad, pad], False)
     assert tokenizer.encode_padded(text, n + 1) == (ids + [end], False)
     assert tokenizer.encode_padded(text, n) == (ids[:-1] + [end], True)
     assert tokenizer.encode_padded(text, 1) == ([end], True)
     assert tokenizer.encode_padded("", 1) == ([end], False)
-    with pytest.raises(ValueError, match="0"):
+    with raises(ValueError, match="0"):
         tokenizer.encode_padded("", 0)
 
-def test_a_tokenizer_is_saved_loaded_and_pickled(tmp_path):
-    tokenizer, path = trained_tokenizer(), tmp_path / "tokenizer.json"
+def test_a_tokenizer_is_saved_and_loaded(tmp_path):
+    tokenizer, path = trained(), tmp_path / "tokenizer.json"
     path.write_text("an older file is replaced")
     tokenizer.save(path)
     assert os.listdir(tmp_path) == ["tokenizer.json"]
@@ -248,7 +257,7 @@ def test_a_tokenizer_is_saved_loaded_and_pickled(tmp_path):
         assert (again.merges, len(again), again.end, again.pad) == (tokenizer.merges, 300, 298, 299)
         assert again.encode(TEXTS[4]) == tokenizer.encode(TEXTS[4])
         assert again.fingerprint() == tokenizer.fingerprint()
-    others = trained_tokenizer(299), Tokenizer.train([], 258), Tokenizer("clip", [])
+    others = trained(299), Tokenizer.train([], 258), Tokenizer("clip", [])
     assert len({other.fingerprint() for other in (tokenizer, *others)}) == 4
 
 def test_bad_tokenizer_files_are_refused(tmp_path):
@@ -263,15 +272,15 @@ def test_bad_tokenizer_files_are_refused(tmp_path):
     path = tmp_path / "file"
     for content in [*bad, clip_list]:
         path.write_bytes(content)
-        with pytest.raises(ValueError, match="cannot read") as info:
+        with raises(ValueError, match="cannot read") as info:
             Tokenizer.load(path)
         assert str(path) in str(info.value) and "\n" not in str(info.value)
     assert "only 2 merges" in str(info.value)
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(ValueError, match=str(path)):
+        with raises(ValueError, match=str(path)):
             Tokenizer.load(path)
 
-def test_clips_merge_list_gives_clips_ids(tmp_path):
+def test_clips_merge_list(tmp_path):
     clip = clip_tokenizer()
     assert (len(clip), clip.end, clip.pad) == (49408, 49407, 49406)
     clip.save(tmp_path / "clip.json")
@@ -280,9 +289,9 @@ def test_clips_merge_list_gives_clips_ids(tmp_path):
     for text, ids in CLIP_GOLDEN:
         assert clip.encode(text) == again.encode(text) == ids, text
     assert clip.decode(clip.encode("  A young  boy&#39;s\tFRISBEE, 12½ ")) == "a young boy 's frisbee , 1 2 ½"
-    word = "".join(random.Random(0).choices("etaoinshrdlu", k=20000))  # too long for quadratic time
+    word = "".join(Random(0).choices("etaoinshrdlu", k=20000))  # too long for quadratic time
     assert clip.decode(clip.encode(word)) == word
-    # A text may spell out special tokens, but a padded caption has only its own end
+    # A text may spell out special tokens, a padded caption has only its own end
     assert clip.encode("a<|endoftext|>b") == [320, clip.end, 321]
     for text in ("a<|endoftext|>b", "<|startoftext|>a &lt;|EndOfText|&gt; b"):
         assert clip.encode_padded(text, 4) == ([320, 321, clip.end, clip.pad], False)
@@ -290,13 +299,10 @@ def test_clips_merge_list_gives_clips_ids(tmp_path):
 
 # -----------------------------------------------------------------------------
 # data.py
-# Of the header: argparse, concurrent.futures, dataclasses, gzip, io, itertools, json, math, os, pathlib,
-# pickle, random, re, tarfile, threading, np, pytest, torch, Image, data, DataConfig, Tokenizer
 
 def noise(path, i, size=64):
-    """Write image number i of random pixels."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(np.random.RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(path)
+    Image.fromarray(RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(path)
     return path
 
 def pack(path, members):
@@ -307,24 +313,24 @@ def pack(path, members):
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
 
-def coco(tmp_path, n=4, size=64):
+def coco(tmp_path, n=4):
     """An MS-COCO layout, whose last image has no caption -> folder, JSON path."""
     path, record = tmp_path / "captions.json", {"images": [], "annotations": []}
     for i in range(n):
-        noise(tmp_path / "images" / f"{i}.png", i, size)
+        noise(tmp_path / "images" / f"{i}.png", i)
         record["images"].append({"id": i + 100, "file_name": f"{i}.png"})
     for i in range(2 * n - 2):
         record["annotations"].append({"image_id": i // 2 + 100, "caption": f"caption {i}"})
     path.write_text(json.dumps(record))
     return tmp_path / "images", path
 
-def layout(kind, base, n=4):
-    """Write n images, noise(i) with captions `red i` and `blue i` -> settings."""
-    names = [f"class {i % 2}/{i // 2}.png" for i in range(n)]  # some names are equal
-    captions = [[f"red {i}", f"blue {i}"] for i in range(n)]
-    for i, name in enumerate(names):
-        noise(base / "train" / name, i)
+def layout(kind, base):
+    """Write four images, noise(i) with captions `red i` and `blue i` -> settings."""
+    names = [f"class {i % 2}/{i // 2}.png" for i in range(4)]  # some names are equal
+    captions = [[f"red {i}", f"blue {i}"] for i in range(4)]
     where, more = base / "train", {}
+    for i, name in enumerate(names):
+        noise(where / name, i)
     if "lists" in kind:
         prefix = "train/" if "long" in kind else ""
         (base / "train_list.txt").write_text("".join(f"{prefix}{name} 0\n" for name in names))
@@ -334,28 +340,29 @@ def layout(kind, base, n=4):
             (where / name).with_suffix(".txt").write_text("\n".join([*texts, "", " "]))
         noise(where / "uncaptioned.png", 99)
     elif kind == "karpathy":
-        images = []
-        for i, name in enumerate(names + names[:2]):
-            images.append({"filepath": name[:7], "filename": name[8:],
-                           "split": ["train", "restval", "train", "restval", "val", "test"][i],
-                           "sentences": [{"raw": text} for text in captions[i % n]]})
-        (base / "split.json").write_text(json.dumps({"images": images}))
-        more = {"train_captions": base / "split.json", "val_captions": base / "split.json"}
+        path, images = base / "split.json", []
+        for i, split in enumerate(("train", "restval", "train", "restval", "val", "test")):
+            images.append({"filepath": names[i % 4][:7], "filename": names[i % 4][8:], "split": split,
+                           "sentences": [{"raw": text} for text in captions[i % 4]]})
+        path.write_text(json.dumps({"images": images}))
+        more = {"train_captions": path, "val_captions": path}
     elif kind == "tsv":
         where = base / "train.tsv"
-        where.write_text("".join(f"red {i}\ttrain/{name}\nblue {i}\ttrain/{name}\n"
-                                 for i, name in enumerate(names)))
+        lines = [f"red {i}\ttrain/{name}\nblue {i}\ttrain/{name}\n" for i, name in enumerate(names)]
+        where.write_text("".join(lines))
     elif kind == "tar":
-        for shard in range(2):
-            pack(base / f"{shard:03d}.tar", [member for i in range(shard, n, 2) for member in (
-                (f"{i}.png", (base / "train" / names[i]).read_bytes()), (f"{i}.json", b"{}"),
-                (f"{i}.txt", "\n".join(captions[i]).encode()))])
+        for shard in (0, 1):
+            members = []
+            for i in (shard, shard + 2):
+                members += [(f"{i}.png", (where / names[i]).read_bytes()), (f"{i}.json", b"{}"),
+                            (f"{i}.txt", "\n".join(captions[i]).encode())]
+            pack(base / f"00{shard}.tar", members)
         where = base / "{000..001}.tar"
     return {"data": kind.split()[0].replace("karpathy", "coco"), "train_dir": where, "val_dir": where, **more}
 
-@pytest.mark.parametrize("kind", ["imagenet lists", "imagenet long lists", "imagenet", "folder", "pairs",
-                                  "karpathy", "tsv", "tar"])
-def test_every_layout(kind, tmp_path):
+@mark.parametrize("kind", ["imagenet lists", "imagenet long lists", "imagenet", "folder", "pairs", "karpathy",
+                           "tsv", "tar"])
+def test_every_layout(kind, tmp_path, capsys):
     settings = {name: str(value) for name, value in layout(kind, tmp_path).items()}
     dataset = data.open_data(DataConfig(**settings), "train")
     expected = {Image.open(noise(tmp_path / "x.png", i)).tobytes(): i for i in range(4)}
@@ -365,24 +372,21 @@ def test_every_layout(kind, tmp_path):
     assert not expected and dataset.captioned == (settings["data"] not in data.UNCAPTIONED)
     assert dataset.fingerprint() == data.open_data(DataConfig(**settings), "train").fingerprint()
     assert len(pickle.loads(pickle.dumps(dataset))) == 4
+    assert ("1 images without a caption" in capsys.readouterr().out) == (kind == "pairs")
     if kind == "karpathy":
         val = data.open_data(DataConfig(**settings), "val")
         assert len(val) == 1 and val.fingerprint() != dataset.fingerprint()
-    with pytest.raises((ValueError, OSError), match="absent"):
+    with raises((ValueError, OSError), match="absent"):
         data.open_data(DataConfig(**{**settings, "train_dir": "absent"}), "train")
 
 def test_settings_of_layouts():
-    fields = {field.name: field for field in dataclasses.fields(DataConfig)}
-    assert set(DataConfig.limits) == {name for name, field in fields.items() if field.type in (int, float)}
-    for name, (least, most) in DataConfig.limits.items():
-        assert least <= getattr(DataConfig, name) <= most
     assert len(data.open_data(DataConfig(n_scenes=3), "train")) == 3
     for name in DataConfig.choices["data"][1:]:
-        with pytest.raises(ValueError, match=f"--data {name} needs --val_dir"):
+        with raises(ValueError, match=f"--data {name} needs --val_dir"):
             data.open_data(DataConfig(data=name), "val")
-    with pytest.raises(ValueError, match="--data coco needs --val_captions"):
+    with raises(ValueError, match="--data coco needs --val_captions"):
         data.open_data(DataConfig(data="coco", val_dir="here"), "val")
-    with pytest.raises(ValueError, match="scenes reads no --val_dir here: set --data"):
+    with raises(ValueError, match="scenes reads no --val_dir here: set --data"):
         data.open_data(DataConfig(val_dir="here"), "val")
 
 def test_coco_layout(tmp_path):
@@ -393,48 +397,42 @@ def test_coco_layout(tmp_path):
     half = tmp_path / "half.json"  # of a character, which UTF-8 cannot hold
     half.write_text(path.read_text().replace("caption 3", "\\ud83d"))
     assert data.read_coco(folder, half, "train").captions(1) == ["caption 2", "?"]
-    with pytest.raises(ValueError, match="there is no absent/0.png, nor another image of .*captions.json"):
+    with raises(ValueError, match="there is no absent/0.png, nor another image of .*captions.json"):
         data.read_coco("absent", path, "train")
     for text, message in (("{", "neither MS-COCO's"), ("[]", "neither"), ('{"images": [1]}', "neither"),
                           ("\xe9", "half.json is not UTF-8"),
                           ('{"images": [], "annotations": []}', "half.json holds no captioned image")):
         half.write_bytes(text.encode("latin-1"))
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, match=message):
             data.read_coco(folder, half, "train")
 
 def test_bad_lists_are_refused(tmp_path):
     noise(tmp_path / "a.png", 0)
-    for text, message in (("caption a.png\n", "line 1: 'caption a.png' is not"), ("\ta.png\n", "line 1"),
+    for text, message in (("caption a.png\n", "line 1: 'caption a.png' is not"), ("\ta.png\n", "holds no"),
                           ("x\ta.png\ny\t\n", "line 2"), ("", "holds no captioned image"),
                           ("x\tb.png\n", "there is no .*b.png")):
         (tmp_path / "list.tsv").write_text(text)
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, match=message):
             data.read_tsv(tmp_path / "list.tsv")
-    (tmp_path / "odd.tsv").write_text("﻿a  b\ta.png\textra\n\n\U0001f600\ta.png\n", encoding="utf-8")
-    assert data.read_tsv(tmp_path / "odd.tsv").captions(0) == ["a  b", "\U0001f600"]
+    (tmp_path / "odd.tsv").write_text("﻿a \x07 b\ta.png\textra\n\n\U0001f600\ta.png\n", encoding="utf-8")
+    assert data.read_tsv(tmp_path / "odd.tsv").captions(0) == ["a b", "\U0001f600"]
     (tmp_path / "train_list.txt").write_text("n01/absent.JPEG 3\n")
     (tmp_path / "train").mkdir()
-    with pytest.raises(ValueError, match="there is no .*n01/absent.JPEG"):
+    with raises(ValueError, match="there is no .*n01/absent.JPEG"):
         data.read_imagenet(tmp_path / "train")
     for read in (data.read_folder, data.Pairs):
-        with pytest.raises(ValueError, match="holds no image"):
+        with raises(ValueError, match="holds no image"):
             read(tmp_path / "train")
 
-def test_loops_of_links_and_locked_folders(tmp_path, monkeypatch):
+def test_loops_of_links_and_bad_folders(tmp_path):
     noise(tmp_path / "a" / "b" / "0.png", 0)
     (tmp_path / "a" / "b" / "up").symlink_to(tmp_path / "a")
-    noise(tmp_path / "elsewhere" / "1.png", 1)
+    for path in ("elsewhere/1.png", "a/.hidden/2.png", "a/__MACOSX/3.png", "a/._0.png"):
+        noise(tmp_path / path, 1)
     (tmp_path / "a" / "linked").symlink_to(tmp_path / "elsewhere")
     assert data.list_files(tmp_path / "a") == ["b/0.png", "linked/1.png"]
-    scandir = os.scandir
-
-    def locked(path):
-        if str(path).endswith("b"):
-            raise PermissionError(13, "Permission denied", path)
-        return scandir(path)
-    monkeypatch.setattr(os, "scandir", locked)
-    with pytest.raises(OSError, match="folder .*/a/b cannot be read .Permission denied"):
-        data.list_files(tmp_path / "a")
+    with raises(OSError, match="folder .*/c cannot be read .No such file"):
+        data.list_files(tmp_path / "c")
 
 def test_every_mode_becomes_rgb(tmp_path):
     image, white = Image.new("RGB", (8, 8), (200, 0, 0)), (255, 255, 255)
@@ -446,33 +444,33 @@ def test_every_mode_becomes_rgb(tmp_path):
              "la.png": (transparent.convert("LA"), white), "grey16.png": (grey16, (100, 100, 100))}
     for name, (picture, colour) in cases.items():
         picture.save(tmp_path / name)
-        loaded = data.load_image(tmp_path / name, min_side=4)
+        loaded = load_image(tmp_path / name, min_side=4)
         assert loaded.mode == "RGB"
         assert np.abs(np.asarray(loaded, int)[2, 2] - colour).max() <= 3, name
     image.quantize(4).save(tmp_path / "clear.png", transparency=0)
-    assert np.asarray(data.load_image(tmp_path / "clear.png")).min() == 255
+    assert np.asarray(load_image(tmp_path / "clear.png")).min() == 255
 
-@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_exif(tmp_path):
     picture, exif = Image.new("RGB", (24, 16), "red"), Image.Exif()
     picture.paste("lime", (0, 8, 8, 16))
     exif[0x0112] = 6  # turn right
     for name in ("a.png", "a.tif", "a.jpg"):
         picture.save(tmp_path / name, exif=exif, quality=95)
-        found, expected = data.load_image(tmp_path / name), picture.transpose(Image.ROTATE_270)
+        found, expected = load_image(tmp_path / name), picture.transpose(Image.ROTATE_270)
         assert np.abs(np.asarray(found, int) - np.asarray(expected, int)).mean() < 10, name
-    # "turn right", and "abc" as the number of channels, which Pillow reads but cannot write again
+    # "turn right", and "abc" channels, which Pillow cannot write again
     turned = (b"MM\0*\0\0\0\x08\0\x02" b"\x01\x12\0\x03\0\0\0\x01\0\x06\0\0"
               b"\x01\x15\0\x02\0\0\0\x04abc\0" b"\0\0\0\0")
     for exif in (turned, b"II*\0\xff\xff\xff\xff", b"x" * 50):
         Image.new("RGB", (8, 4), "red").save(tmp_path / "a.jpg", exif=b"Exif\0\0" + exif)
-        assert data.load_image(tmp_path / "a.jpg").size == ((4, 8) if exif == turned else (8, 4))
+        assert sorted(load_image(tmp_path / "a.jpg").size) == [4, 8]
 
-def test_large_jpegs_are_decoded_smaller(tmp_path):
+def test_large_jpegs(tmp_path):
     Image.effect_noise((16, 12), 300).resize((1600, 1200), Image.BICUBIC).save(tmp_path / "a.jpg", quality=95)
     for min_side, height in {0: 1200, 700: 1200, 300: 300, 301: 600, 1: 150}.items():
-        assert data.load_image(tmp_path / "a.jpg", min_side).height == height
-    whole, small = (data.crop_to_tensor(data.load_image(tmp_path / "a.jpg", side), 128) for side in (0, 128))
+        assert load_image(tmp_path / "a.jpg", min_side).height == height
+    whole, small = (crop_to_tensor(load_image(tmp_path / "a.jpg", side), 128) for side in (0, 128))
     assert (whole - small).abs().mean() < 0.02
 
 def denied(*_arguments, **_named):
@@ -483,44 +481,42 @@ def test_unreadable_images_are_named(tmp_path, monkeypatch):
         content = noise(tmp_path / f"whole.{ending}", 0).read_bytes()
         (tmp_path / f"cut.{ending}").write_bytes(content[:len(content) // 2])
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
-    for name in ("cut.png", "cut.jpg", "loop.png", "absent.png"):
-        with pytest.raises(data.Unreadable, match=f"{name}[^\n]*$"):
-            data.load_image(tmp_path / name, min_side=16)
-    with pytest.raises(data.Unreadable, match="^the upload is not an image .* .unknown format.$"):
-        data.load_image(io.BytesIO(b"no picture"), name="the upload")
+    os.mkfifo(tmp_path / "fifo.png")
+    for name in ("cut.png", "cut.jpg", "loop.png", "absent.png", "fifo.png"):
+        with raises(data.Unreadable, match=f"{name} (is not|that can be read)[^\n]*$"):
+            load_image(tmp_path / name, min_side=16)
+    with raises(data.Unreadable, match="^the upload is not an image .* .unknown format.$"):
+        load_image(io.BytesIO(b"no picture"), name="the upload")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    with pytest.raises(data.Unreadable, match="decompression bomb"):
-        data.load_image(tmp_path / "whole.jpg", min_side=16)
-    monkeypatch.setattr(Image, "open", denied)
-    with pytest.raises(data.Unreadable, match="whole.png is not .*Permission denied"):
-        data.load_image(tmp_path / "whole.png")
+    with raises(data.Unreadable, match="decompression bomb"):
+        load_image(tmp_path / "whole.jpg", min_side=16)
 
 def test_tar_patterns(tmp_path):
     for name in ("00", "01", "02", "10", "9"):
         pack(tmp_path / f"{name}.tar", [])
-    for pattern, names in {"{00..02}.tar": "00 01 02", "{00,1?}.tar": "00 10", "{0,1}{0..0}.tar": "00 10",
-                           "{9..10}.tar": "9 10", "0*.tar": "00 01 02", "": "00 01 02 10 9"}.items():
+    for pattern, names in {"{00..02}.tar": "00 01 02", "{0..1}{0..0}.tar": "00 10", "{9..10}.tar": "9 10",
+                           "0*.tar": "00 01 02", "": "00 01 02 10 9"}.items():
         found = data.expand_shards(os.path.join(tmp_path, pattern))
         assert [os.path.basename(path)[:-4] for path in found] == names.split(), pattern
     for pattern in ("{00..03}.tar", "{02..00}.tar", "b*.tar"):
-        with pytest.raises(ValueError, match="there is no tar shard .*/"):
+        with raises(ValueError, match="there is no tar shard .*/"):
             data.expand_shards(os.path.join(tmp_path, pattern))
 
 def test_tar_shards(tmp_path):
     picture = noise(tmp_path / "0.png", 0).read_bytes()
     pack(tmp_path / "0.tar", [("x/1.png", picture), ("y/1.txt", b"y"), ("x/1.txt", b"one\ntwo\n"),
-                              ("y/1.png", picture),
-                              ("x/2.seg.png", b""), ("x/2.txt", b"no image"), ("3.JPG", picture),
-                              ("3.TXT", "dreißig".encode()), ("4.png", picture)])
+                              ("y/1.png", picture), ("x/2.seg.png", b""), ("x/2.txt", b"no image"),
+                              ("3.JPG", picture), ("3.TXT", "dreißig".encode()), ("4.png", picture)])
     pack(tmp_path / "1.tar", [("5.png", b"broken"), ("5.txt", b"\xff"), ("6.png", picture), ("6.txt", b" ")])
     paths = [tmp_path / "0.tar", tmp_path / "1.tar"]
-    both = data.Tar(paths)
-    assert len(both) == 5 and both.shard_starts.tolist() == [0, 3]  # 4 has no caption
+    both = data.Tar(paths, log=tmp_path / "log")
+    assert "0.tar: left out 1 members, x/2.seg.png for one: a name has one dot" in (tmp_path / "log").read_text()
+    assert len(both) == 5 and both.shard_starts.tolist() == [0, 3]
     assert [both.captions(i) for i in range(3)] == [["one", "two"], ["y"], ["dreißig"]]
     assert all(np.array_equal(both.image(i), Image.open(tmp_path / "0.png")) for i in range(3))
     for i, read, message in ((3, both.image, "512, is not an image"), (3, both.captions, "is not UTF-8"),
                              (4, both.captions, "is empty")):
-        with pytest.raises(data.Unreadable, match=f"1.tar, byte .*{message}"):
+        with raises(data.Unreadable, match=f"1.tar, byte .*{message}"):
             read(i)
     pack(tmp_path / "1.tar", [("7.png", picture), ("7.txt", b"seven")])
     assert data.Tar(paths).captions(3) == ["seven"]  # not from the old index
@@ -530,8 +526,8 @@ def test_tar_shards(tmp_path):
 
 def test_broken_tar_shards(tmp_path):
     picture = noise(tmp_path / "0.png", 0).read_bytes()
-    pack(tmp_path / "whole.tar", [(f"{i // 2}.{'png' if i % 2 else 'txt'}", picture if i % 2 else b"text")
-                                  for i in range(12)])
+    members = [((f"{i}.txt", b"text"), (f"{i}.png", picture)) for i in range(6)]
+    pack(tmp_path / "whole.tar", itertools.chain(*members))
     size = 3 * 512 + 512 * math.ceil(len(picture) / 512)  # two headers, a block of text, the image
     whole = (tmp_path / "whole.tar").read_bytes()
     damaged = {"cut": whole[:2 * size + 1700], "header": whole[:3 * size], "zero": b"",
@@ -539,14 +535,15 @@ def test_broken_tar_shards(tmp_path):
                "gzip": gzip.compress(whole)}
     for name, content in damaged.items():
         (tmp_path / f"{name}.tar").write_bytes(content)
-    for log in (tmp_path / "log", tmp_path / "again"):  # the second time with an index of the whole one
-        dataset = data.Tar([tmp_path / f"{name}.tar" for name in ["whole", *damaged]], log=log)
+    paths = [tmp_path / f"{name}.tar" for name in ("whole", *damaged)]
+    for log in (tmp_path / "log", tmp_path / "again"):  # now with an index of the whole one
+        dataset = data.Tar(paths, log=log)
         assert len(dataset) == 6 + 2 + 3 + 4
         assert all(dataset.image(i).size == (64, 64) and dataset.captions(i) == ["text"] for i in range(15))
         named = {re.search(r"(\w+).tar cannot be read to its end \(", line)[1] for line in log.open()}
         assert named == set(damaged)
-    with pytest.raises(ValueError, match="2 tar shards, .*zero.tar for one, hold no image"):
-        data.Tar([tmp_path / f"{name}.tar" for name in ("zero", "gzip")])
+    with raises(ValueError, match="2 tar shards, .*zero.tar for one, hold no image"):
+        data.Tar([tmp_path / "zero.tar", tmp_path / "gzip.tar"])
 
 def test_index_of_a_tar_shard(tmp_path, monkeypatch):
     shards, apart = tmp_path / "shards", tmp_path / "apart"
@@ -554,35 +551,34 @@ def test_index_of_a_tar_shard(tmp_path, monkeypatch):
     shards.mkdir()
     pack(shard, [("0.png", picture.read_bytes())])
     picture.unlink()
-    with monkeypatch.context() as broken:  # a disk that comes back later
-        broken.setattr(tarfile, "open", denied)
-        with pytest.raises(ValueError, match="hold no image"):
-            data.Tar([shard], apart, tmp_path / "log")
-    replace = os.replace
+    with monkeypatch.context() as broken, raises(ValueError, match="hold no image"):
+        broken.setattr(tarfile, "open", denied)  # by a disk that comes back later
+        data.Tar([shard], apart, tmp_path / "log")
+    rename = os.replace
 
     def refuse(part, path):
         if os.path.dirname(path) == str(shards):
             raise PermissionError(13, "Permission denied")
-        replace(part, path)
+        rename(part, path)
     with monkeypatch.context() as read_only:
         read_only.setattr(os, "replace", refuse)
         assert len(data.Tar([shard])) == 1 and os.listdir(shards) == ["0.tar"]
         data.open_data(DataConfig(data="tar", train_dir=shard), "train", index_dir=str(apart))
         assert os.listdir(shards) == ["0.tar"] and len(os.listdir(apart)) == 1
         read_only.setattr(tarfile, "open", denied)
-        assert len(data.Tar([shard], apart)) == 1  # from the index
+        assert len(data.Tar([shard], apart)) == 1
     assert len(data.Tar([shard])) == 1 and len(os.listdir(shards)) == 2
 
 def test_crops():
-    image = Image.fromarray(np.random.RandomState(0).randint(0, 256, (48, 80, 3), np.uint8))
-    centre = data.crop_to_tensor(image, 48)
+    image = Image.fromarray(RandomState(0).randint(0, 256, (48, 80, 3), np.uint8))
+    centre = crop_to_tensor(image, 48)
     expected = torch.from_numpy(np.array(image)[:, 16:64]).permute(2, 0, 1).float() / 127.5 - 1
-    assert torch.allclose(centre, expected, atol=1e-6)
-    a, b, c = (data.crop_to_tensor(image, 32, 0.5, random.Random(seed)) for seed in (1, 1, 2))
-    assert torch.equal(a, b) and not torch.equal(a, c) and a.shape == (3, 32, 32) and a.abs().max() <= 1
-    for size in (20, 100):  # resizing is Pillow's, to within rounding
+    assert allclose(centre, expected, atol=1e-6)
+    a, b, c = (crop_to_tensor(image, 32, 0.5, Random(seed)) for seed in (1, 1, 2))
+    assert equal(a, b) and not equal(a, c) and a.shape == (3, 32, 32) and a.abs().max() <= 1
+    for size in (20, 100):  # as Pillow, up to rounding
         resized = image.crop((16, 0, 64, 48)).resize((size, size), Image.BILINEAR)
-        ours = np.asarray(data.to_image(data.crop_to_tensor(image, size)), int)
+        ours = np.asarray(data.to_image(crop_to_tensor(image, size)), int)
         assert np.abs(ours - np.asarray(resized, int)).max() <= 1
 
 class Numbers:
@@ -601,13 +597,12 @@ class Numbers:
         return torch.tensor(i), torch.tensor(rng.random())
 
 def drawn(view, steps, batch_size, **options):
-    """The numbers of some batches, their random numbers."""
     loader = data.batches(view, batch_size, **options)
     found = [next(loader) for _ in range(steps)]
     return tuple(torch.cat(column).tolist() for column in zip(*found))
 
-@pytest.mark.parametrize("shard_starts", [None, np.array([0, 4, 5, 11, 17])], ids=["single files", "shards"])
-def test_every_epoch_is_whole_and_resumes_anywhere(shard_starts, monkeypatch):
+@mark.parametrize("shard_starts", [None, np.array([0, 4, 5, 11, 17])], ids=["single files", "shards"])
+def test_every_epoch_is_whole_and_resumes(shard_starts, monkeypatch):
     monkeypatch.setattr(data, "SHUFFLE_BUFFER", 3)
 
     def keys(world, start=0, seed=5):
@@ -638,13 +633,9 @@ def test_shards_are_read_front_to_back(monkeypatch):
             assert len(numbers) < 50 or list(numbers) != sorted(numbers)
             assert np.abs(np.argsort(numbers) - np.arange(len(numbers))).max() <= buffer
 
-@pytest.mark.parametrize("processes", [(0,), pytest.param((0, 1, 2), marks=pytest.mark.slow)])
-def test_bad_samples_are_replaced_and_logged(tmp_path, processes):
-    bad, found = (2, 3, 11), []
-    torch.manual_seed(3)
-    whole = drawn(Numbers(23), 12, 4)
-    after = torch.rand(1)
-    assert torch.equal(after, torch.rand(1, generator=torch.Generator().manual_seed(3)))  # not the global one
+@mark.parametrize("processes", [(0,), param((0, 1, 2), marks=slow)])
+def test_bad_samples_are_replaced(tmp_path, processes):
+    bad, found, whole = (2, 3, 11), [], drawn(Numbers(23), 12, 4)
     for workers in processes:
         log = tmp_path / f"{workers}.log"
         found.append(drawn(Numbers(23, bad=bad), 12, 4, workers=workers, log=log))
@@ -656,16 +647,15 @@ def test_bad_samples_are_replaced_and_logged(tmp_path, processes):
     late = drawn(Numbers(23, bad=bad), 5, 4, start=28)
     assert late == tuple(column[28:] for column in found[0])
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_mostly_bad_data_stops_the_run(tmp_path, workers):
+def test_mostly_bad_data_stops_the_run(tmp_path):
     log = tmp_path / "log"
-    with pytest.raises(OSError, match=f"samples could not be read: see {log}$") as error:
-        drawn(Numbers(5000, bad=range(3000)), 1000, 8, workers=workers, log=log)
+    with raises(OSError, match=f"samples could not be read: see {log}$") as error:
+        drawn(Numbers(5000, bad=range(3000)), 1000, 8, log=log)
     bad, tried = (int(word) for word in str(error.value).split() if word.isdigit())
     assert 500 < bad < 600 and bad < tried < 1100
-    with pytest.raises(OSError, match="could not be read"):
-        drawn(Numbers(10, bad=range(10)), 1, 2, workers=workers, log=log)
-    drawn(Numbers(5000, bad=range(2000)), 1000, 8, workers=workers, log=log)
+    with raises(OSError, match="could not be read"):
+        drawn(Numbers(10, bad=range(10)), 1, 2, log=log)
+    drawn(Numbers(5000, bad=range(2000)), 1000, 8, log=log)
 
 def test_validation_samples_can_be_read(tmp_path):
     dataset = data.read_coco(*map(str, coco(tmp_path, n=9)), "val")
@@ -678,12 +668,12 @@ def test_validation_samples_can_be_read(tmp_path):
     assert [some.captions(i) for i in range(4)] == [dataset.captions(i) for i in some.indices]
     for i in range(5):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
-    with pytest.raises(OSError, match="could not be read"):
+    with raises(OSError, match="could not be read"):
         data.validation_subset(dataset, 4)
 
-def test_progress_is_a_line_every_five_seconds(monkeypatch, capsys):
+def test_progress_every_five_seconds(monkeypatch, capsys):
     clock = [0.0]
-    monkeypatch.setattr(data, "time", argparse.Namespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(data, "time", Namespace(monotonic=lambda: clock[0]))
 
     def work(n, seconds):
         chunks = []
@@ -692,9 +682,9 @@ def test_progress_is_a_line_every_five_seconds(monkeypatch, capsys):
             clock[0] += seconds
         assert chunks == list(range(n))
         return capsys.readouterr().out.splitlines()
-    lines = work(1001, 0.4)  # 251 chunks in 100 s
+    lines = work(1001, 0.4)
     assert len(lines) == 19 and lines[0] == "encoding: 52 of 1,001, 95 s left"
-    assert work(20, 0.05) == work(0, 1.0) == work(4, 9.0) == []  # the end is no news
+    assert work(20, 0.05) == work(0, 1.0) == work(4, 9.0) == []
     monkeypatch.setenv("RANK", "1")
     assert work(1001, 0.4) == []
 
@@ -716,19 +706,18 @@ def encodable(tmp_path, tokenizer=None, **options):
     return data.TokenSource(data.Pairs(folder), tokenizer, log=tmp_path / "log", **options)
 
 def encoded(source, folder, encode=brightness, **options):
-    """The folder after cache_tokens()."""
     data.cache_tokens(source, encode, str(folder), **options)
     return str(folder)
 
 def cache_files(folder):
-    return {path.name: path.read_bytes() for path in pathlib.Path(folder).iterdir()}
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
-@pytest.fixture
+@fixture
 def small_blocks(monkeypatch):
     monkeypatch.setattr(data, "CHUNK", 4)
     monkeypatch.setattr(data, "BLOCK", 8)
 
-def test_token_cache_equals_encoding_one_by_one(tmp_path, small_blocks, capsys):
+def test_the_token_cache(tmp_path, small_blocks, capsys):
     source = encodable(tmp_path)
     dataset, tok = source.dataset, source.tokenizer
     tokens = data.Tokens(encoded(source, tmp_path / "out"), null_prob=0.5)
@@ -737,10 +726,10 @@ def test_token_cache_equals_encoding_one_by_one(tmp_path, small_blocks, capsys):
     assert data.count_read_errors(tmp_path / "log") == 2 and "07.txt is not" in (tmp_path / "log").read_text()
     assert data.all_captions(dataset) == [text for i in range(40) if i != 7 for text in dataset.captions(i)]
     for row, i in enumerate(kept):
-        expected = brightness(data.crop_to_tensor(dataset.image(i), 64)[None])[0]
+        expected = brightness(crop_to_tensor(dataset.image(i), 64)[None])[0]
         texts = {tuple(tok.encode_padded(text, 12)[0]) for text in dataset.captions(i)}
-        items = [tokens.item(row, random.Random(k)) for k in range(60)]
-        assert all(torch.equal(codes, expected.long()) for _, codes, _ in items)
+        items = [tokens.item(row, Random(k)) for k in range(60)]
+        assert all(equal(codes, expected.long()) for _, codes, _ in items)
         assert {tuple(text.tolist()) for text, _, _ in items} == texts
         assert 10 < sum(null.item() for *_, null in items) < 50
     assert sorted(os.listdir(tmp_path / "out")) == [*(f"0000{i}.npy" for i in range(5)), "key.json"]
@@ -752,12 +741,12 @@ def test_token_cache_equals_encoding_one_by_one(tmp_path, small_blocks, capsys):
     assert "--n_text 3 cuts 76 of 76 captions" in capsys.readouterr().out
     codes = np.concatenate([rows["codes"] for rows in tokens.blocks])
     assert codes.shape == (38, 3, 4) and (codes[:, 0] != codes[:, 1]).any()
-    assert len({tuple(tokens.item(0, random.Random(k))[1].tolist()) for k in range(60)}) == 3
-    crop = data.crop_to_tensor(dataset.image(5), 64, 0.5, random.Random("5 2"))
-    assert torch.equal(torch.from_numpy(codes[kept.index(5), 2].astype(np.int32)), brightness(crop[None])[0])
+    assert len({tuple(tokens.item(0, Random(k))[1].tolist()) for k in range(60)}) == 3
+    crop = crop_to_tensor(dataset.image(5), 64, 0.5, Random("5 2"))
+    assert equal(torch.from_numpy(codes[kept.index(5), 2].astype(np.int32)), brightness(crop[None])[0])
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method, n", [("fork", 2), ("spawn", 1)])  # spawn: Windows and macOS
+@slow
+@mark.parametrize("method, n", [("fork", 2), ("spawn", 1)])  # spawn: Windows and macOS
 def test_loader_processes_change_nothing(method, n, tmp_path, monkeypatch):
     loader = torch.utils.data.DataLoader
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *arguments, **options: loader(
@@ -769,10 +758,10 @@ def test_loader_processes_change_nothing(method, n, tmp_path, monkeypatch):
     for view in (data.Tokens(a, 0.5), data.Pixels(data.Tar([tmp_path / "0.tar"]), 32, 0.5)):
         streams = [data.batches(view, 3, seed=1, start=7, workers=workers) for workers in (0, n)]
         for _ in range(6):
-            assert all(torch.equal(x, y) for x, y in zip(*map(next, streams)))
+            assert all(equal(x, y) for x, y in zip(*map(next, streams)))
 
 def build_on_ranks(tmp_path, world, folder):
-    """cache_tokens() on ranks that are threads -> how many images each has encoded."""
+    """cache_tokens() on ranks that are threads -> how many images each encoded."""
     barrier, sums, counts = threading.Barrier(world, timeout=60), {}, [0] * world
 
     def work(rank):
@@ -792,7 +781,7 @@ def build_on_ranks(tmp_path, world, folder):
         list(threads.map(work, range(world)))
     return counts
 
-def test_any_number_of_ranks_finishes_a_killed_token_cache(tmp_path, small_blocks, monkeypatch):
+def test_ranks_finish_a_killed_token_cache(tmp_path, small_blocks, monkeypatch):
     source = encodable(tmp_path)
     whole = cache_files(encoded(source, tmp_path / "whole"))
     calls, moments = {name: getattr(os, name) for name in ("fsync", "replace", "remove")}, [0]
@@ -804,7 +793,7 @@ def test_any_number_of_ranks_finishes_a_killed_token_cache(tmp_path, small_block
                 raise KeyboardInterrupt
             return call(*arguments)
         return call_or_die
-    for k in itertools.count(1):  # dies at the k-th write, renaming or removal
+    for k in itertools.count(1):  # dies at the k-th write or removal
         folder, moments[0], died = tmp_path / f"killed {k}", k, False
         with monkeypatch.context() as patched:
             for name, call in calls.items():
@@ -819,35 +808,39 @@ def test_any_number_of_ranks_finishes_a_killed_token_cache(tmp_path, small_block
         assert done or all(counts)
         if not died:
             break
-    assert k == 3 * 6 + 1 and sum(counts) == 0  # a key and five blocks
+    assert k == 3 * 6 + 1 and sum(counts) == 0
 
-def test_a_token_cache_refuses_other_tokens(tmp_path, small_blocks):
+def test_other_tokens_are_made_again(tmp_path, small_blocks, capsys):
     source, out = encodable(tmp_path), str(tmp_path / "out")
-    encoded(source, out)
     others = {"augvae": encodable(tmp_path, made_from={"augvae": "b"}),
               "tokenizer": encodable(tmp_path, tokenizer=Tokenizer.train(["text"], 258)),
-              "data": dataclasses.replace(source, dataset=data.Subset(source.dataset, range(30))),
-              "transforms": encodable(tmp_path, crops=2, crop_scale=0.5)}
+              "transforms": encodable(tmp_path, crops=2, crop_scale=0.5),
+              "data and files": replace(source, dataset=data.Subset(source.dataset, range(30)))}
     for name, other in others.items():
-        with pytest.raises(ValueError, match=f"{out} holds tokens of another {name}: remove it"):
-            encoded(other, out, None)
-    encoded(source, out, None)  # nothing is encoded anew
-    encoded(encodable(tmp_path, crop_scale=0.5), out, None)  # a single crop has no scale
-    assert len(data.Tokens(encoded(others["data"], out, own=True))) == 28
-    assert len(os.listdir(out)) == 4 + 1
+        encoded(source, out)
+        encoded(source, out, None)  # nothing is encoded anew
+        encoded(encodable(tmp_path, crop_scale=0.5), out, None)  # a single crop has no scale
+        capsys.readouterr()
+        encoded(other, out)
+        assert f"{out} are made again: {name} changed" in capsys.readouterr().out
+    assert len(data.Tokens(out)) == 28 and len(os.listdir(out)) == 4 + 1
+    os.utime(tmp_path / "pairs" / "05.png", (0, 0))
+    for options in ({}, {"anew": True}):  # a file has changed
+        with raises(TypeError):
+            encoded(other, out, None, **options)
+        encoded(other, out)
 
-def test_a_token_cache_refuses_what_it_cannot_hold(tmp_path, monkeypatch):
+def test_too_large_ids_are_refused(tmp_path, monkeypatch):
     source = encodable(tmp_path)
-    with pytest.raises(ValueError, match="codes up to 65535, not 70000"):
+    with raises(ValueError, match="codes up to 65535, not 70000"):
         encoded(source, tmp_path / "out", lambda x: torch.full((len(x), 4), 70000))
-    with monkeypatch.context() as huge:
+    with monkeypatch.context() as huge, raises(ValueError, match="65,537 tokens"):
         huge.setattr(Tokenizer, "__len__", lambda self: 65537)
-        with pytest.raises(ValueError, match="65,537 tokens"):
-            encoded(source, tmp_path / "out")
+        encodable(tmp_path)
     images = {path: path.read_bytes() for path in (tmp_path / "pairs").glob("[012]*.png")}
     for path in images:
         path.write_bytes(b"")
-    with pytest.raises(OSError, match="samples could not be read"):
+    with raises(OSError, match="samples could not be read"):
         encoded(source, tmp_path / "bad")
     for path, content in images.items():  # the disk is back
         path.write_bytes(content)
@@ -861,50 +854,50 @@ def test_scenes_and_held_out_kinds():
     contents = {}
     for split, held in (("train", False), ("val", False), ("heldout", True)):
         scenes = [data.Scenes(split, 200).scene(i) for i in range(200)]
-        contents[split] = {data.facts(things, relation) for things, relation, *_ in scenes}
+        contents[split] = {facts(things, relation) for things, relation, *_ in scenes}
         assert all(any(map(data.held_out, things)) == held for things, *_ in scenes)
         assert {len(things) for things, *_ in scenes} == {1, 2}
     assert not contents["train"] & contents["val"]
-    # one kind in eight is never seen, and every pair of attributes is
+    # every pair of attributes is seen
     seen = [kind for kind in KINDS if not data.held_out(kind)]
     assert len(KINDS) == 192 and len(seen) == 168
     assert {thing for i in range(1500) for thing in train_scenes.scene(i)[0]} == set(seen)
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(kind[i], kind[j]) for kind in seen} == {(kind[i], kind[j]) for kind in KINDS}
 
-def test_oracle_reads_rendered_scenes_and_captions():
+def test_oracle_reads_scenes():
     for split in ("train", "heldout"):
         scenes = data.Scenes(split, 80)
         for i in range(80):
             things, relation, _, captions = scenes.scene(i)
-            truth = data.facts(things, relation)
-            assert data.read_scene(scenes.image(i)) == truth
+            truth = facts(things, relation)
+            assert read_scene(scenes.image(i)) == truth
             assert len(captions) == 6 and data.N_FULL == 4
             for caption in captions[:4]:
-                assert data.parse_caption(caption) == truth, caption
+                assert parse_caption(caption) == truth, caption
             for caption in captions[4:]:
-                assert data.matches(data.parse_caption(caption), truth), caption
+                assert matches(parse_caption(caption), truth), caption
 
-@pytest.mark.slow
-def test_oracle_reads_every_thing_in_every_place():
-    rng = random.Random(0)
+@slow
+def test_oracle_reads_everything_everywhere():
+    rng = Random(0)
     for kind in KINDS:
         for centre in itertools.product(range(8, 36, data.LATTICE), repeat=2):
-            assert data.read_scene(data.draw_things([kind], [centre])) == data.facts([kind], None)
+            assert read_scene(draw_things([kind], [centre])) == facts([kind], None)
         for relation in data.RELATIONS:
             things = [kind, rng.choice(KINDS)]
-            image = data.draw_things(things, data.place_things(relation, rng))
-            assert data.read_scene(image) == data.facts(things, relation)
+            image = draw_things(things, data.place_things(relation, rng))
+            assert read_scene(image) == facts(things, relation)
 
-def test_oracle_refuses_what_is_no_scene():
-    assert data.read_scene(Image.new("RGB", (40, 40), data.BACKGROUND)) is None
+def test_no_scenes():
+    assert read_scene(Image.new("RGB", (40, 40), data.BACKGROUND)) is None
     three = [("small", "red", "circle")] * 3
-    assert data.read_scene(data.draw_things(three, [(8, 8), (20, 20), (32, 32)])) is None
+    assert read_scene(draw_things(three, [(8, 8), (20, 20), (32, 32)])) is None
     for caption in ("", "something", "a small red", "a red circle above", "a red red circle",
                     "a red circle above a blue square today", "a mauve circle above a red cross"):
-        assert data.parse_caption(caption) is None
+        assert parse_caption(caption) is None
 
-def test_which_thing_captions_name_first():
+def test_which_thing_comes_first():
     words, forward = data.WORDS["left of"] + data.WORDS["above"], []
     for i in range(600):
         _, relation, _, captions = data.Scenes("train", 600).scene(i)
@@ -914,21 +907,21 @@ def test_which_thing_captions_name_first():
     share = np.mean(forward, 0)  # 5/6, and four standard deviations
     assert share.min() > 0.76 and share.max() < 0.91
 
-def test_captions_are_judged_by_what_they_say():
-    scene = data.facts([("small", "red", "circle"), ("large", "orange", "arrow")], "left of")
-    assert scene == data.facts([("large", "orange", "arrow"), ("small", "red", "circle")], "right of")
-    alone = data.facts([("small", "red", "circle")], None)
+def test_captions_are_judged():
+    scene = facts([("small", "red", "circle"), ("large", "orange", "arrow")], "left of")
+    assert scene == facts([("large", "orange", "arrow"), ("small", "red", "circle")], "right of")
+    alone = facts([("small", "red", "circle")], None)
     for caption in ("a small red circle left of a large orange arrow", "an arrow right of a circle",
                     "something big and orange to the right of something little",
                     "the red circle is left of an orange arrow"):
-        assert data.matches(data.parse_caption(caption), scene), caption
+        assert matches(parse_caption(caption), scene), caption
     for caption in ("a circle right of an arrow", "a blue circle left of an arrow", "a red circle",
                     "an orange circle left of a red arrow", "nonsense"):
-        assert not data.matches(data.parse_caption(caption), scene), caption
+        assert not matches(parse_caption(caption), scene), caption
     for caption in ("red circle", "there is a circle", "something small and red"):
-        assert data.matches(data.parse_caption(caption), alone), caption
-    assert not data.matches(data.parse_caption("a circle left of something"), alone)
-    assert not data.matches(data.parse_caption("a circle"), None)
+        assert matches(parse_caption(caption), alone), caption
+    assert not matches(parse_caption("a circle left of something"), alone)
+    assert not matches(parse_caption("a circle"), None)
 
 def test_exact_rates():
     scenes = data.Scenes("val", 12)
@@ -949,10 +942,15 @@ def test_components():
     assert found[1][:4, 6].all() and np.array_equal(sum(part.astype(int) for part in found), mask)
     assert len(data.components(np.eye(3) > 0)) == 3  # corners do not connect
 
-def test_contact_sheet():
+def test_contact_sheets(tmp_path, capsys):
     sheet = data.contact_sheet([Image.new("RGB", (64, 64), "red")] * 5, ["a long caption " * 8] * 5, 3, 96)
     assert sheet.width == 3 * 102 + 6 and sheet.height > 2 * 102
     assert (np.asarray(sheet)[50, 50] == (255, 0, 0)).all()
+    run = Namespace(config=sample.SampleConfig(), save_dir=tmp_path)
+    rows = [[{"picture": Image.new("RGB", (8, 8)), "image": "a"}] * 2] * 65
+    sample.save_samples(run, "made", rows, 2)  # shows 64 rows
+    assert Image.open(tmp_path / "made.png").size == (2 * 134 + 6, 64 * 153 + 6)
+    assert "the first 64 rows" in capsys.readouterr().out and len(os.listdir(tmp_path)) == 2 * 65 + 2
 
 # -----------------------------------------------------------------------------
 # augvae.py
@@ -968,50 +966,47 @@ def test_the_configuration():
         vae = AugVAE(AugVAEConfig())
     assert sum(g * g for g in vae.config.grids) == 5440
     n = sum(t.numel() for t in vae.state_dict().values())
-    assert round(n / 1e6) == 225  # as the release
+    assert round(n / 1e6) == 225
     for field, value, message in (("levels", (8, 4, 3), "levels"), ("hidden", 6, "n_groups"),
                                   ("ch_mult", (0, 1, 1), "ch_mult 0"), ("single_level", 5, "side 5")):
-        with pytest.raises(ValueError, match=message):
-            dataclasses.replace(TINY, **{field: value})
-    for name, (low, high) in AugVAEConfig.limits.items():
-        assert low <= getattr(AugVAEConfig(), name) <= high
+        with raises(ValueError, match=message):
+            replace(TINY, **{field: value})
 
 def channels_last(*shape, dtype=torch.float32):
     return torch.randn(shape, dtype=dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
 
 def norm_and_conv(dtype=torch.float32):
-    torch.manual_seed(0)
     norm, conv = nn.GroupNorm(2, 8, eps=1e-6), nn.Conv2d(8, 6, 3, padding=1)
     for p in norm.parameters():
         nn.init.normal_(p)
     return norm.to(dtype), conv.to(dtype).to(memory_format=torch.channels_last)
 
-def equals_plain_norm_silu_conv(norm, conv, x, dropout):
-    assert_same_values_and_gradients(
+def assert_equals_plain(norm, conv, x, dropout):
+    assert_same_gradients(
         lambda x: augvae.norm_silu_conv(x, norm, conv, dropout),
         lambda x: conv(F.silu(norm(x)) * F.dropout(torch.ones_like(x), dropout)), [x],
         {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2}[x.dtype],
         [*norm.parameters(), *conv.parameters()], amp=x.dtype is torch.bfloat16)
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_norm_silu_conv_equals_its_plain_version(dtype, dropout):
+@mark.parametrize("dropout", [0.0, 0.5])
+@mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_norm_silu_conv_equals_plain(dtype, dropout):
     norm, conv = norm_and_conv(torch.float64 if dtype is torch.float64 else torch.float32)
-    equals_plain_norm_silu_conv(norm, conv, channels_last(3, 8, 6, 5, dtype=dtype), dropout)
+    assert_equals_plain(norm, conv, channels_last(3, 8, 6, 5, dtype=dtype), dropout)
 
-def test_norm_silu_conv_keeps_its_input_alone():
-    (norm, conv), kept = norm_and_conv(), []
-    x = channels_last(2, 8, 16, 16)
+def test_norm_silu_conv_keeps_its_input():
+    (norm, conv), kept, x = norm_and_conv(), [], channels_last(2, 8, 16, 16)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         augvae.norm_silu_conv(x, norm, conv)
     assert [t.data_ptr() for t in kept if t.numel() >= x.numel()] == [x.data_ptr()]
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_cuda_group_norm_gets_nchw_and_convolutions_channels_last(dtype, monkeypatch):
+@mark.parametrize("norm_layout", [torch.contiguous_format, torch.channels_last])
+@mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_layouts_on_cuda(dtype, norm_layout, monkeypatch):
     norm, conv = norm_and_conv()
     x, seen = channels_last(3, 8, 6, 5, dtype=dtype), []
 
-    def watch(module, name, first, last, layout, dtype):
+    def watch(module, name, first, last, layout):
         original = getattr(module, name)
 
         def watched(*args, **options):
@@ -1022,21 +1017,28 @@ def test_on_cuda_group_norm_gets_nchw_and_convolutions_channels_last(dtype, monk
         monkeypatch.setattr(module, name, watched)
 
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    watch(torch, "native_group_norm", 0, 1, torch.contiguous_format, torch.float32)
-    watch(torch.ops.aten, "native_group_norm_backward", 0, 2, torch.contiguous_format, torch.float32)
-    watch(F, "conv2d", 0, 1, torch.channels_last, dtype)
-    watch(torch.ops.aten, "convolution_backward", 1, 2, torch.channels_last, dtype)
-    equals_plain_norm_silu_conv(norm, conv, x, 0.5)
+    monkeypatch.setattr(augvae, "norm_takes_channels_last", lambda *_: norm_layout is torch.channels_last)
+    watch(torch, "native_group_norm", 0, 1, norm_layout)
+    watch(aten, "native_group_norm_backward", 0, 2, norm_layout)
+    watch(F, "conv2d", 0, 1, torch.channels_last)
+    watch(aten, "convolution_backward", 1, 2, torch.channels_last)
+    assert_equals_plain(norm, conv, x, 0.0)
     assert seen[:5] == ["native_group_norm", "conv2d", "native_group_norm", "convolution_backward",
                         "native_group_norm_backward"]
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
         y = augvae.norm_silu_conv(x, norm, conv)
-    for t in (y, torch.autograd.grad(y.sum(), x)[0]):  # as the neighbouring layers want it
+    for t in (y, torch.autograd.grad(y.sum(), x)[0]):
         assert t.is_contiguous(memory_format=torch.channels_last) and t.dtype == dtype
 
-def test_blocks_equal_their_plain_version():
-    torch.manual_seed(0)
-    block = augvae.ResBlock(8, 16, dataclasses.replace(TINY, ae_dropout=0.3))
+def test_misread_channels_last(monkeypatch):
+    takes, backward = augvae.norm_takes_channels_last.__wrapped__, aten.native_group_norm_backward
+    assert takes(torch.device("cpu"), torch.float32)
+    monkeypatch.setattr(aten, "native_group_norm_backward", lambda grad, x, *rest: backward(
+        grad if x.is_contiguous() else -grad, x, *rest))
+    assert not takes(torch.device("cpu"), torch.float32)
+
+def test_blocks_equal_plain_ones():
+    block = augvae.ResBlock(8, 16, replace(TINY, ae_dropout=0.3))
 
     def plain(x):
         h = block.layer1.conv(F.silu(block.layer1.norm(x)))
@@ -1044,20 +1046,19 @@ def test_blocks_equal_their_plain_version():
         return block.shortcut(x) + block.layer2.conv(h * F.dropout(torch.ones_like(h), 0.3, block.training))
 
     for training in (True, False):
-        assert_same_values_and_gradients(block.train(training), plain, [channels_last(2, 8, 4, 4)], 1e-5,
-                                         list(block.parameters()))
-    up, x = Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
-    assert_same_values_and_gradients(
+        assert_same_gradients(block.train(training), plain, [channels_last(2, 8, 4, 4)], 1e-5,
+                              list(block.parameters()))
+    up, x = augvae.Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
+    assert_same_gradients(
         up, lambda x: F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1), [x], 1e-12,
         list(up.parameters()))
 
-def test_the_nearest_code_is_that_of_brute_force():
-    torch.manual_seed(0)
+def test_nearest_codes():
     book, z = Codebook(TINY), torch.randn(500, 6)
     distance = torch.cdist(z.double(), book.weight.double()).square()
     for chunk in (1, 24 * 7, 2 ** 24):
-        assert torch.equal(book.nearest(z, chunk), distance.argmin(1))
-    book.config = dataclasses.replace(TINY, rate=0.3)  # prefers common codes
+        assert equal(book.nearest(z, chunk), distance.argmin(1))
+    book.config = replace(TINY, rate=0.3)  # prefers common codes
     book.cluster_size.copy_(torch.arange(24.0) ** 3)
     p = book.cluster_size / book.cluster_size.sum()
     mean = sum(p[k] * book.weight[k] for k in range(24))
@@ -1065,130 +1066,99 @@ def test_the_nearest_code_is_that_of_brute_force():
     brute = (distance - 0.3 * var * (p + 1e-9).log()).argmin(1)
     assert (book.nearest(z) == brute).float().mean() > 0.99  # all but numerical ties
 
-@pytest.mark.parametrize("setting, tf32", [("allow_tf32", True), ("fp32_precision", "tf32")])
-def test_codes_are_searched_in_full_fp32_where_tf32_is_allowed(setting, tf32, monkeypatch, request):
-    book, matmul, addmm, seen = Codebook(TINY), torch.backends.cuda.matmul, torch.addmm, []
-    if setting == "fp32_precision" and not hasattr(torch.backends, setting):
-        pytest.skip(f"this torch has no {setting}")
-    monkeypatch.setattr(torch, "addmm", lambda *args, **options: seen.append(matmul.allow_tf32) or
-                        addmm(*args, **options))
-    before = getattr(matmul, setting)
-    request.addfinalizer(lambda: setattr(matmul, setting, before))
-    setattr(matmul, setting, tf32)
-    book.nearest(torch.randn(9, 6))
-    with pytest.raises(RuntimeError):
-        book.nearest(torch.randn(9, 5))
-    assert seen == [False, False] and getattr(matmul, setting) == tf32
+def test_codes_are_searched_in_full_fp32(monkeypatch, request):
+    book, addmm, precisions = Codebook(TINY), torch.addmm, []
 
-def test_quantising_is_straight_through_and_leaves_the_codebook_alone():
-    torch.manual_seed(0)
+    def watched(*args, **options):
+        precisions.append(torch.get_float32_matmul_precision())
+        return addmm(*args, **options)
+
+    monkeypatch.setattr(torch, "addmm", watched)
+    request.addfinalizer(lambda: torch.set_float32_matmul_precision("highest"))
+    torch.set_float32_matmul_precision("high")
+    book.nearest(torch.randn(9, 6))
+    with raises(RuntimeError):
+        book.nearest(torch.randn(9, 5))
+    assert precisions == ["highest"] * 2 and torch.get_float32_matmul_precision() == "high"
+
+def test_quantising_is_straight_through():
     book = Codebook(TINY).train()
     before = copy.deepcopy(book.state_dict())
     z = torch.randn(2, 6, 4, 4, requires_grad=True)
     z_q, codes, loss = book(z)
     grad = torch.randn_like(z)
-    assert torch.equal(torch.autograd.grad(z_q, z, grad, retain_graph=True)[0], grad)
+    assert equal(torch.autograd.grad(z_q, z, grad, retain_graph=True)[0], grad)
     expected = 2 * (z - book.lookup(codes)) / z.numel()
-    assert torch.allclose(torch.autograd.grad(loss, z)[0], expected, atol=1e-7)
-    assert all(torch.equal(before[k], v) for k, v in book.state_dict().items())
+    assert allclose(torch.autograd.grad(loss, z)[0], expected, atol=1e-7)
+    assert all(equal(before[k], v) for k, v in book.state_dict().items())
 
-def test_training_quantises_from_vq_start_on():
-    torch.manual_seed(0)
-    book, z = Codebook(dataclasses.replace(TINY, vq_start=2)), torch.randn(2, 6, 4, 4)
+def test_training_quantises_from_vq_start():
+    book, z = Codebook(replace(TINY, vq_start=2)), torch.randn(2, 6, 4, 4)
     for n in range(4):
         z_q, codes, loss = book.train()(z)
-        assert torch.equal(z_q, z) and loss == 0 if n < 2 else loss > 0
-        assert torch.allclose(z_q, book.lookup(codes), atol=1e-6) == (n >= 2)
-        assert torch.allclose(book.eval()(z)[0], book.lookup(codes), atol=1e-6)
+        assert equal(z_q, z) and loss == 0 if n < 2 else loss > 0
+        assert allclose(z_q, book.lookup(codes), atol=1e-6) == (n >= 2)
+        assert allclose(book.eval()(z)[0], book.lookup(codes), atol=1e-6)
         book.collect(z, codes)
         book.update()
 
-def test_one_update_for_all_levels_against_a_loop(monkeypatch):
-    torch.manual_seed(0)
-    for name, value in (("DEAD_BELOW", 0.0), ("EMA_DECAY", 0.9), ("EMA_EPS", 1e-9)):
-        monkeypatch.setattr(augvae, name, value)
-    book = Codebook(TINY)
-    book.cluster_size.fill_(2.0)
-    book.embed_sum.copy_(2 * book.weight)
-    book.updates.fill_(10_000)  # past the quick decay of the first updates
-    sizes, sums = 0.9 * book.cluster_size, 0.9 * book.embed_sum
-    levels = [torch.randn(2, 6, s, s) for s in (4, 2)]
-    codes = [book(z)[1] for z in levels]
-    for z, code in zip(levels, codes):
-        book.collect(z, code)
-        for vector, k in zip(z.permute(0, 2, 3, 1).reshape(-1, 6), code.flatten()):
-            sizes[k] += 0.1
-            sums[k] += 0.1 * vector
-    use, perplexity = book.update()
-    assert torch.allclose(book.weight, sums / sizes[:, None], atol=1e-5)
-    everything = torch.cat([c.flatten() for c in codes])
-    p = torch.bincount(everything, minlength=24) / len(everything)
-    assert use == pytest.approx((p > 0).float().mean().item())
-    assert perplexity == pytest.approx(math.exp(-sum(q * math.log(q) for q in p.tolist() if q)), rel=1e-5)
-    assert codebook_use(torch.ones(24)) == (1.0, pytest.approx(24))
-
-def test_ranks_move_the_codebook_as_one_rank_with_all_vectors_does(monkeypatch):
-    """Three ranks, each with a third of the batch, against loops."""
-    torch.manual_seed(0)
+def test_ranks_move_the_codebook_as_one_does(monkeypatch):
+    """Three ranks, each with a third of the vectors of two levels, against loops."""
     monkeypatch.setattr(augvae, "DEAD_BELOW", 0.5)
-    book = Codebook(dataclasses.replace(TINY, codebook_size=96))  # three revivals per update
-    z = torch.randn(3, 16, 6)  # rank, vector, dim
-    keys = torch.rand(3, 16, generator=torch.Generator().manual_seed(0)).log()
+    book = Codebook(replace(TINY, codebook_size=96))  # three revivals per update
+    z = torch.randn(1, 6, 8, 8)
+    book.collect(z, book(z)[1])
+    book.update()
+    levels = [torch.randn(3, side * side, 6) for side in (4, 2)]  # rank, vector, dim
     counts, sums, drawn = torch.zeros(96), torch.zeros(96, 6), []
-    for rank in range(3):
-        for i, k in enumerate(book.nearest(z[rank]).tolist()):
-            counts[k] += 1
-            sums[k] += z[rank, i]
-            drawn.append((keys[rank, i] / (z[rank, i] - book.weight[k]).square().sum(), rank, i))
-    sizes, sums = 0.9 * counts, 0.9 * sums  # the first update's decay is 1/10
-    threshold = 0.5 * 48 / 96
+    for level, z in enumerate(levels):
+        keys = torch.rand(z.shape[:2], generator=torch.Generator().manual_seed(64 + level)).log()
+        for rank in range(3):
+            for i, k in enumerate(book.nearest(z[rank]).tolist()):
+                counts[k] += 1
+                sums[k] += z[rank, i]
+                drawn.append((keys[rank, i] / (z[rank, i] - book.weight[k]).square().sum(), z[rank, i]))
+    decay = 2 / 11  # of the second update
+    sizes = decay * book.cluster_size + (1 - decay) * counts
+    sums = decay * book.embed_sum + (1 - decay) * sums
+    threshold = 0.5 * 60 / 96
     dead = [k for k in range(96) if sizes[k] < threshold][:3]
-    for k, (_, rank, i) in zip(dead, sorted(drawn, reverse=True)):
-        sizes[k], sums[k] = 2 * threshold, 2 * threshold * z[rank, i]
+    for k, (_, vector) in zip(dead, sorted(drawn, key=lambda pair: pair[0], reverse=True)):
+        sizes[k], sums[k] = 2 * threshold, 2 * threshold * vector
+
     ranks, messages = [copy.deepcopy(book) for _ in range(3)], []
     monkeypatch.setattr(augvae.dist, "is_initialized", lambda: True)
     monkeypatch.setattr(augvae.dist, "get_world_size", lambda: 3)
     monkeypatch.setattr(augvae.dist, "all_reduce", lambda t: messages.append(t.clone()))
-    for last in (False, True):  # first see what the ranks send, then let them receive its sum
+    for last in (False, True):  # they send, then receive the sum
         for rank, own in enumerate(ranks):
             monkeypatch.setattr(augvae.dist, "get_rank", lambda rank=rank: rank)
             own = own if last else copy.deepcopy(own)
-            part = z[rank].view(1, 4, 4, 6).permute(0, 3, 1, 2)
-            own.collect(part + 1, own(part)[1])
+            parts = [z[rank].T.reshape(1, 6, side, side) for z, side in zip(levels, (4, 2))]
+            own.collect(parts[0] + 1, own(parts[0])[1])
             own.discard()  # a skipped step changes nothing
-            own.collect(part, own(part)[1])
-            own.update()
-            assert own.used is None
+            for part in parts:
+                own.collect(part, own(part)[1])
+            use, perplexity = (float(x) for x in own.update())
         assert len(messages) == 3
         total = sum(messages)
         monkeypatch.setattr(augvae.dist, "all_reduce", lambda t, total=total: t.copy_(total))
     alive = sizes > 0
     for own in ranks:
-        assert torch.allclose(own.cluster_size, sizes) and torch.allclose(own.embed_sum, sums, atol=1e-6)
-        assert torch.allclose(own.weight[alive], sums[alive] / sizes[alive, None], rtol=1e-3)
-        assert torch.equal(own.weight[~alive], book.weight[~alive])
-        assert all(torch.equal(getattr(own, name), value) for name, value in ranks[0].state_dict().items())
+        assert allclose(own.cluster_size, sizes) and allclose(own.embed_sum, sums, atol=1e-6)
+        assert allclose(own.weight[alive], sums[alive] / sizes[alive, None], rtol=1e-3)
+        assert equal(own.weight[~alive], book.weight[~alive])
+        assert all(equal(getattr(own, name), value) for name, value in ranks[0].state_dict().items())
+    shares = (counts / 60).tolist()
+    assert use == approx(np.mean(counts.numpy() > 0))
+    assert perplexity == approx(math.exp(-sum(p * math.log(p) for p in shares if p)), rel=1e-5)
 
-def test_dead_codes_are_revived_with_their_state():
-    torch.manual_seed(0)
-    book = Codebook(TINY)
-    z = torch.randn(4, 6, 8, 8) + 50  # far from all codes: one takes everything
-    assert len(book(z)[1].unique()) == 1
-    for _ in range(60):  # one is revived per update
-        book.collect(z, book(z)[1])
-        book.update()
-    assert len(book(z)[1].unique()) > 20
-    assert (book.cluster_size > 0).all() and book.weight.isfinite().all()
-    assert torch.allclose(book.embed_sum / book.cluster_size[:, None], book.weight, rtol=1e-3)
-    assert (book.weight - 50).abs().max() < 5  # every code is near the batch
-
-def test_encode_decode_and_the_connections_of_the_drawing():
-    torch.manual_seed(0)
+def test_the_connections_of_the_drawing():
     vae, h = AugVAE(TINY), images()
     for i, z in enumerate(vae.features(h)):
-        h = vae.encoders[i](h)  # continuous
+        h = vae.encoders[i](h)
         assert h.shape == (2, 16, TINY.grids[i], TINY.grids[i])
-        assert torch.allclose(F.conv2d(h, vae.pre_quant.weight, vae.pre_quant.bias[i]), z, atol=1e-6)
+        assert allclose(F.conv2d(h, vae.pre_quant.weight, vae.pre_quant.bias[i]), z, atol=1e-6)
     codes = vae.encode(images())
     assert [tuple(c.shape) for c in codes] == [(2, 8, 8), (2, 4, 4), (2, 2, 2)]
     assert all(c.dtype == torch.int64 and 0 <= c.min() and c.max() < 24 for c in codes)
@@ -1197,17 +1167,16 @@ def test_encode_decode_and_the_connections_of_the_drawing():
     h = vae.decoders[1](torch.cat([q[1], h], 1))
     h = vae.decoders[2](torch.cat([q[0], h], 1))
     decoded = vae.decode(codes)
-    assert decoded.shape == (2, 3, 32, 32) and torch.allclose(h.clamp(-1, 1), decoded, atol=1e-6)
+    assert decoded.shape == (2, 3, 32, 32) and allclose(h.clamp(-1, 1), decoded, atol=1e-6)
     reconstruction, commitment, same = vae.train()(images())
-    assert torch.allclose(reconstruction, h, atol=1e-5) and commitment > 0
-    assert all(torch.equal(a, b) for a, b in zip(codes, same))
-    with pytest.raises(ValueError, match=r"grids \(8, 4\)"):
+    assert allclose(reconstruction, h, atol=1e-5) and commitment > 0
+    assert all(equal(a, b) for a, b in zip(codes, same))
+    with raises(ValueError, match=r"grids \(8, 4\)"):
         vae.decode(codes[:2])
-    with pytest.raises(ValueError, match="outside"):
+    with raises(ValueError, match="outside"):
         vae.decode([codes[0], codes[1], codes[2] + 24])
 
 def test_single_level_keeps_what_it_needs():
-    torch.manual_seed(0)
     ml = AugVAE(TINY)
     codes = ml.encode(images())
     for level, side in enumerate(TINY.levels):
@@ -1218,112 +1187,55 @@ def test_single_level_keeps_what_it_needs():
         h = ml.decoders[2 - level](h if level == 2 else torch.cat([h, torch.zeros_like(h)], 1))
         for decoder in list(ml.decoders)[3 - level:]:
             h = decoder(torch.cat([torch.zeros_like(h), h], 1))
-        assert torch.allclose(sl.decode([codes[level]]), h.clamp(-1, 1), atol=1e-5)
+        assert allclose(sl.decode([codes[level]]), h.clamp(-1, 1), atol=1e-5)
         reconstruction, commitment, _ = sl(images())
         (reconstruction.square().mean() + commitment).backward()
         assert all(p.grad is not None for p in sl.parameters())
-        with pytest.raises(ValueError, match="already"):
+        with raises(ValueError, match="already"):
             sl.single_level(side)
 
-def test_shuffled_cells_against_a_loop():
-    x, order = torch.randn(2, 3, 12, 12), torch.randperm(18)
-    moved = augvae.shuffle_cells(x, order, 3)
+RELEASE_ORDER = "conv_in down mid up norm_out conv_out block attn downsample upsample".split()
 
-    def cell(images, i):
-        image, row, column = i // 9, i % 9 // 3, i % 3
-        return images[image, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4]
-
-    for i in range(18):
-        assert torch.equal(cell(moved, i), cell(x, int(order[i])))
-
-def test_locality_loss_is_zero_if_features_see_only_their_own_cell():
-    torch.manual_seed(0)
-    vae = AugVAE(dataclasses.replace(TINY, locality=0.1)).single_level(TINY.levels[0])
-    size = TINY.image_size // TINY.levels[0]
-    x = torch.randn(2, 3, TINY.image_size, TINY.image_size)
-    own = nn.Conv2d(3, TINY.codebook_dim, size, stride=size)  # sees only its own cell
-    far = nn.Conv2d(3, TINY.codebook_dim, 3 * size, stride=size, padding=size)
-    for conv, low, high in ((own, 0, 1e-6), (far, 0.5, 10)):
-        vae.features = lambda images, conv=conv: [conv(images)]
-        assert low <= augvae.locality_loss(vae, x, vae.features(x)[0]) <= high
-    del vae.features
-    with_it, without = vae.train()(x)[1], vae.eval()(x)[1]
-    assert with_it > without
-    vae.config.locality = 0.0
-    assert torch.allclose(vae.train()(x)[1], without)
+def release_order(name):
+    """Sorts tensors of encoders and decoders: levels from fine to coarse, blocks before attention."""
+    words = [word for word in name.split(".")[1:] if word.isdigit() or word in RELEASE_ORDER]
+    return [int(word) if word.isdigit() else RELEASE_ORDER.index(word) for word in words[:4]]
 
 def released_shapes(c, single_level=0):
-    """Names and shapes of a released checkpoint's tensors, in its order. `c` holds the release's options."""
-    shapes, z, h = {}, c["z_channels"], c["hidden_dim"]
+    """Names and shapes of a released checkpoint's tensors, in its order. c: the release's options."""
+    options = {ours: c[theirs] for ours, theirs in augvae.RELEASED_SETTINGS.items()}
+    vae = AugVAE(AugVAEConfig(**options, single_level=single_level))
+    ours, shapes = {name: x.shape for name, x in vae.state_dict().items()}, {}
 
-    def norm(name, channels):
-        shapes.update({f"{name}.weight": (channels,), f"{name}.bias": (channels,)})
+    def add_coders(kind):
+        found = {}
+        for name in ours:
+            if name.startswith(kind):
+                theirs = re.sub(r"(down|up)_(\d)_(block|attn)_(\d)", r"\1.\2.\3.\4", name)
+                theirs = re.sub(r"(down|up)_(\d)_(\w+)", r"\1.\2.\3.conv", theirs)
+                theirs = re.sub(r"layer(\d)\.(norm|conv)", r"\2\1", theirs)
+                theirs = re.sub(r"conv_out\.(norm|conv)", r"\1_out", theirs)
+                found[theirs.replace("mid_", "mid.").replace("shortcut", "nin_shortcut")] = ours[name]
+        for name in sorted(found, key=release_order):
+            shapes[name] = found[name]
 
-    def conv(name, i, o, k=3):
-        shapes.update({f"{name}.weight": (o, i, k, k), f"{name}.bias": (o,)})
-
-    def block(name, i, o):
-        norm(f"{name}.norm1", i)
-        conv(f"{name}.conv1", i, o)
-        norm(f"{name}.norm2", o)
-        conv(f"{name}.conv2", o, o)
-        if i != o:
-            conv(f"{name}.nin_shortcut", i, o, 1)
-
-    def attention(name, channels):
-        if c["use_attn"]:
-            norm(f"{name}.norm", channels)
-            for part in ("q", "k", "v", "proj_out"):
-                conv(f"{name}.{part}", channels, channels, 1)
-
-    def coder(name, i, o, mults, up):
-        def middle(channels):
-            block(f"{name}.mid.block_1", channels, channels)
-            attention(f"{name}.mid.attn_1", channels)
-            block(f"{name}.mid.block_2", channels, channels)
-
-        widths = [h * mult for mult in mults]
-        conv(f"{name}.conv_in", i, widths[-1] if up else h)
-        if up:
-            middle(widths[-1])
-        for j, width in enumerate(widths):
-            last, part = j == len(widths) - 1, f"{name}.{'up' if up else 'down'}.{j}"
-            before = widths[min(j + 1, len(widths) - 1)] if up else [h, *widths][j]
-            for k in range(c["num_res_blocks"] + up):
-                block(f"{part}.block.{k}", width if k else before, width)
-            for k in range(c["num_res_blocks"] + up if last else 0):
-                attention(f"{part}.attn.{k}", width)
-            if j > 0 if up else not last:
-                conv(f"{part}.{'up' if up else 'down'}sample.conv", width, width)
-        if not up:
-            middle(widths[-1])
-        norm(f"{name}.norm_out", widths[0 if up else -1])
-        conv(f"{name}.conv_out", widths[0 if up else -1], o)
-
-    levels, n, dim = range(len(c["attn_resolutions"])), c["num_tokens"], c["codebook_dim"]
-    depth = c["attn_resolutions"].index(single_level) + 1 if single_level else len(levels)
-    for i in range(depth):
-        coder(f"encoders.{i}", z if i else 3, z, [2, 4] if i else c["ch_mult"], up=False)
-    for i in levels:
-        conv(f"pre_quants.{i}", z, dim, 1)
-    for i in levels:
-        conv(f"post_quants.{i}", dim, z, 1)
-    for i in range(depth):
-        last = i == depth - 1
-        coder(f"decoders.{i}", z if i == 0 and not single_level else 2 * z, 3 if last else z,
-              c["ch_mult"] if last else [2, 4], up=True)
-    for i in levels:
-        for part, shape in (("weight", (n, dim)), ("cluster_size", (n,)), ("embed_avg", (n, dim))):
-            shapes[f"quantizers.{i}.embedding.{part}"] = shape
-    for i in range(depth if single_level else 0):
-        conv(f"connectors.{i}", z, 2 * z, 1)
+    add_coders("encoders")
+    for part in ("pre_quant", "post_quant"):
+        for i in range(len(vae.config.levels)):
+            shapes[f"{part}s.{i}.weight"] = ours[f"{part}.weight"]
+            shapes[f"{part}s.{i}.bias"] = ours[f"{part}.bias"][1:]
+    add_coders("decoders")
+    for i in range(len(vae.config.levels)):
+        for name in ("weight", "cluster_size", "embed_sum"):
+            shapes[f"quantizers.{i}.embedding.{name.replace('sum', 'avg')}"] = ours[f"codebook.{name}"]
+    shapes.update({name: shape for name, shape in ours.items() if name.startswith("connectors")})
     return shapes
 
 def released_file(path, c, single_level=0):
-    """Writes a checkpoint as Lightning does. Tensor i comes from RandomState(i), or equals its tied one."""
+    """A checkpoint as Lightning writes it. Tensor i is of RandomState(i), or equals its tied one."""
     state = {}
     for i, (name, shape) in enumerate(released_shapes(c, single_level).items()):
-        r = np.random.RandomState(i).standard_normal(shape)
+        r = RandomState(i).standard_normal(shape)
         if name.startswith("quantizers."):
             r = r / 2
         elif len(shape) == 1:
@@ -1339,7 +1251,7 @@ def released_file(path, c, single_level=0):
         if tied:
             state[name] = state[f"{tied[1]}.0.{tied[2]}"]
     state["loss.perceptual_loss.lin0.model.1.weight"] = torch.ones(1)
-    settings = argparse.Namespace(**c, loss_type="lpips_l2")
+    settings = Namespace(**c, loss_type="lpips_l2")
     torch.save({"epoch": 3, "state_dict": state,
                 "hyper_parameters": {"args": settings, "batch_size": 8}}, path)
     return path
@@ -1350,93 +1262,78 @@ RELEASED = {"resolution": 32, "ch_mult": [1, 2], "attn_resolutions": [16, 8, 4, 
 ATTENTIVE = {**RELEASED, "ch_mult": [1, 1, 2], "attn_resolutions": [8, 4, 2], "num_res_blocks": 2,
              "z_channels": 48, "codebook_dim": 16, "num_tokens": 100, "use_attn": True}
 
-has_namespaces = pytest.mark.skipif(not hasattr(torch.serialization, "safe_globals"),
-                                    reason="torch reads no Namespace with weights_only before 2.5")
+has_namespaces = mark.skipif(not hasattr(torch.serialization, "safe_globals"),
+                             reason="torch reads no Namespace with weights_only before 2.5")
 
 # What the released code computes: SHA-256 of the tokens as int32, every 997th value of the reconstruction,
 # commitment (of the decoded levels), mean squared error, and gradient norms of the sum of these two
 @has_namespaces
-@pytest.mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", [
+@mark.parametrize("c, single_level, tokens, pixels, commitment, mse, norms", [
     (RELEASED, 0, "c89f5c1fa90efd50",
      [0.347915, 0.267447, -0.027976, 0.778806, 0.356596, -0.013522, -0.563661], 0.29926315, 0.66311485,
-     {"encoders.0.conv_in": 0.691998, "encoders.1.conv_in": 1.509000, "pre_quant": 0.322852,
-      "post_quant": 0.274588, "decoders.0.conv_in": 0.636714, "decoders.3.conv_out": 0.817374}),
+     [0.691998, 1.509000, 0.322852, 0.274588, 0.636714, 0.817374]),
     (RELEASED, 8, "afd44e983ed316fc",
      [-0.033409, -0.098346, -0.470951, 0.315475, -0.289876, -0.185737, -0.027495], 0.08632058, 0.63940877,
-     {"encoders.0.conv_in": 0.559810, "encoders.1.conv_in": 1.229984, "pre_quant": 0.402413,
-      "post_quant": 0.226730, "decoders.0.conv_in": 0.945299, "decoders.1.conv_out": 1.310286}),
+     [0.559810, 1.229984, 0.402413, 0.226730, 0.945299, 1.310286]),
     (ATTENTIVE, 0, "1c14f3e6ba63a1d3",
      [-0.101659, -0.06568, -0.649225, -0.474758, 0.323068, -0.26233, -0.240731], 0.17847651, 0.64587975,
-     {"encoders.0.conv_in": 1.603102, "encoders.1.conv_in": 3.714169, "pre_quant": 0.753489,
-      "post_quant": 0.351581, "decoders.0.conv_in": 1.658548, "decoders.2.conv_out": 1.054135}),
+     [1.603102, 3.714169, 0.753489, 0.351581, 1.658548, 1.054135]),
     (ATTENTIVE, 4, "c2f9e7937507908d",
      [0.242536, -0.589855, 0.123157, 0.359199, -0.423972, -0.285846, 0.395595], 0.06335053, 0.86143166,
-     {"encoders.0.conv_in": 1.770344, "encoders.1.conv_in": 4.651626, "pre_quant": 0.961495,
-      "post_quant": 0.541367, "decoders.0.conv_in": 3.581799, "decoders.1.conv_out": 2.439164})])
-def test_released_weights_give_released_numbers(c, single_level, tokens, pixels, commitment, mse, norms,
-                                                tmp_path):
+     [1.770344, 4.651626, 0.961495, 0.541367, 3.581799, 2.439164])])
+def test_released_weights(c, single_level, tokens, pixels, commitment, mse, norms, tmp_path):
     vae = AugVAE.load(released_file(tmp_path / "released.ckpt", c, single_level))
-    config = vae.config
-    assert config.grids == ((single_level,) if single_level else tuple(c["attn_resolutions"]))
-    assert (config.ae_dropout, config.attention) == (0.1, c["use_attn"])
-    x = torch.from_numpy(np.random.RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32))
+    assert vae.config.grids == ((single_level,) if single_level else tuple(c["attn_resolutions"]))
+    assert (vae.config.ae_dropout, vae.config.attention) == (0.1, c["use_attn"])
+    x = torch.from_numpy(RandomState(1000).uniform(-1, 1, (2, 3, 32, 32)).astype(np.float32))
     reconstruction, loss, codes = vae(x)
     flat = torch.cat([code.flatten(1) for code in codes], 1).numpy().astype(np.int32)
     assert hashlib.sha256(flat.tobytes()).hexdigest()[:16] == tokens
-    assert reconstruction.flatten()[::997].tolist() == pytest.approx(pixels, abs=1e-4)
-    assert loss.item() == pytest.approx(commitment, rel=1e-5)
+    assert reconstruction.flatten()[::997].tolist() == approx(pixels, abs=1e-4)
+    assert loss.item() == approx(commitment, rel=1e-5)
     error = F.mse_loss(reconstruction, x)
-    assert error.item() == pytest.approx(mse, rel=1e-5)
+    assert error.item() == approx(mse, rel=1e-5)
     (error + loss).backward()
-    parameters = dict(vae.named_parameters())
-    for name, norm in norms.items():
-        name = name.replace("conv_out", "conv_out.conv")
-        assert parameters[f"{name}.weight"].grad.norm().item() == pytest.approx(norm, rel=1e-3), name
-    # Saved as one of ours, it is the same
-    stage = "augvae_sl" if single_level else "augvae_ml"
-    torch.save({"stage": stage, "config": dataclasses.asdict(config), "model": vae.state_dict()},
-               tmp_path / "ours.pt")
-    again = AugVAE.load(tmp_path / "ours.pt")
-    assert augvae.fingerprint(again) == augvae.fingerprint(vae) and again.config == config
-    assert torch.equal(again(x)[0], reconstruction)
-    # The codebook trains on, without the quick decay of young averages
+    layers = (vae.encoders[0].conv_in, vae.encoders[1].conv_in, vae.pre_quant, vae.post_quant,
+              vae.decoders[0].conv_in, vae.decoders[-1].conv_out.conv)
+    assert [layer.weight.grad.norm().item() for layer in layers] == approx(norms, rel=1e-3)
+    # The codebook trains on, without the quick decay of its first updates
     codes = vae.train()(x, collect=True)[2]
     vae.codebook.update()
     counts = torch.bincount(torch.cat([code.flatten() for code in codes]), minlength=c["num_tokens"])
-    assert torch.allclose(vae.codebook.cluster_size, 0.99 + 0.01 * counts)
-    assert not torch.equal(vae.codebook.weight, again.codebook.weight)
+    assert allclose(vae.codebook.cluster_size, 0.99 + 0.01 * counts)
 
 class Payload:
-    """Must not run when a file is read."""
+    """Must not run."""
     def __reduce__(self):
         return os.system, ("touch pwned",)
 
 def is_refused(message, path, *stages):
-    with pytest.raises(ValueError, match=message) as info:
+    with raises(ValueError, match=message) as info:
         augvae.read_checkpoint(path, *stages) if stages else AugVAE.load(path)
     assert path in str(info.value) and "\n" not in str(info.value) and not os.path.exists("pwned")
 
 @has_namespaces
-def test_other_files_than_released_ones_are_refused(tmp_path, monkeypatch):
+def test_bad_released_files_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     whole = torch.load(released_file("whole.ckpt", RELEASED), weights_only=False)
     wrong = {**whole["state_dict"], "post_quants.1.weight": torch.ones(32, 32, 1, 1)}
     for message, changes in (
-            (r"asks to run (os|posix|nt)\.system", {"hyper_parameters": {"args": Payload()}}),
+            (r"asks to run \w+\.system", {"hyper_parameters": {"args": Payload()}}),
             ("asks to run .*AugVAEConfig", {"callbacks": TINY}),
             ("'args'", {"hyper_parameters": {}}),
-            ("resolution", {"hyper_parameters": {"args": argparse.Namespace()}}),
+            ("resolution", {"hyper_parameters": {"args": Namespace()}}),
             ("pre_quants.0.bias", {"state_dict": {}}),
             ("post_quants.1.weight is not equal", {"state_dict": wrong})):
         torch.save({**whole, **changes}, "changed.ckpt")
         is_refused(message, "changed.ckpt")
     args = whole["hyper_parameters"]["args"]
-    torch.save({**whole, "hyper_parameters": args}, "bare.ckpt")  # without a dict around it
+    torch.save({**whole, "hyper_parameters": args}, "bare.ckpt")
     AugVAE.load("bare.ckpt")
 
-def test_checkpoints_are_read_and_bad_ones_refused(tmp_path, monkeypatch):
+def test_bad_checkpoints_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    vae, config = AugVAE(TINY), dataclasses.asdict(TINY)
+    vae, config = AugVAE(TINY), asdict(TINY)
     content = {"stage": "augvae_ml", "config": config, "model": vae.state_dict()}
     torch.save(content, "augvae_ml.pt")
     again = AugVAE.load("augvae_ml.pt")
@@ -1444,8 +1341,7 @@ def test_checkpoints_are_read_and_bad_ones_refused(tmp_path, monkeypatch):
     assert augvae.fingerprint(again) == augvae.fingerprint(vae) != augvae.fingerprint(AugVAE(TINY))
     is_refused("no checkpoint biart.pt: `train.py --stage biart` makes it", "biart.pt", "biart")
     is_refused("of augvae_ml, not of biart", "augvae_ml.pt", "biart")
-    for message, saved in (("not a whole checkpoint", [1, 2]), ("of another project, not", {"weights": 2}),
-                           (r"asks to run (os|posix|nt)\.system", {"stage": "biart", "model": Payload()})):
+    for message, saved in (("not a whole checkpoint", [1, 2]), ("of another project, not", {"weights": 2})):
         torch.save(saved, "other.pt")
         is_refused(message, "other.pt", "biart")
     whole = (tmp_path / "augvae_ml.pt").read_bytes()
@@ -1459,31 +1355,27 @@ def test_checkpoints_are_read_and_bad_ones_refused(tmp_path, monkeypatch):
              {"config": {**config, "ema_eps": 1e-5, "dead_below": 0.03}}),
             ("levels", {"config": {**config, "image_size": 33}}),
             ("invalid", {"config": {**config, "codebook_size": "many"}}),
-            (r"codebook.weight.*\[24, 6\]", {"config": {**config, "codebook_size": 25}}),
-            ("Missing key", {"model": {}})):
+            (r"codebook.weight.*\[24, 6\]", {"config": {**config, "codebook_size": 25}})):
         torch.save({**content, **changes}, "changed.pt")
         is_refused(message, "changed.pt")
     torch.save({"stage": "augvae_ml"}, "changed.pt")
     is_refused("'config'", "changed.pt")
 
-@pytest.fixture
+@fixture
 def lpips_weights(tmp_path, monkeypatch):
-    """Torch hub's cache with the two files that LPIPS reads, by rule; returns their paths."""
-    def no_network(*_, **__):
-        raise urllib.error.URLError("no network")
-
+    """Paths of LPIPS's two files in torch hub's cache, made by rule."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", denied)
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     widths = [3, 64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512]
     vgg = {"classifier.0.bias": torch.zeros(3)}
     for n, i, o in zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), widths, widths[1:]):
-        r = np.random.RandomState(n)
+        r = RandomState(n)
         weight = r.standard_normal((o, i, 3, 3)) * (2 / (9 * i)) ** 0.5
         vgg[f"features.{n}.weight"] = torch.from_numpy(weight).float()
         vgg[f"features.{n}.bias"] = torch.from_numpy(r.standard_normal(o) * 0.1).float()
-    heads = [np.random.RandomState(100 + i).rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))]
+    heads = [RandomState(100 + i).rand(1, c, 1, 1) for i, c in enumerate((64, 128, 256, 512, 512))]
     lpips = {f"lin{i}.model.1.weight": torch.from_numpy(head).float() for i, head in enumerate(heads)}
     paths = cache / augvae.VGG_FILE[0], cache / augvae.LPIPS_FILE[0]
     torch.save(vgg, paths[0])
@@ -1492,42 +1384,41 @@ def lpips_weights(tmp_path, monkeypatch):
 
 def test_lpips_equals_the_lpips_package(lpips_weights):
     lpips = LPIPS(download=False).train()  # no dropout wakes up
-    x = torch.from_numpy(np.random.RandomState(7).uniform(-1, 1, (4, 3, 32, 32))).float()
+    x = torch.from_numpy(RandomState(7).uniform(-1, 1, (4, 3, 32, 32))).float()
     a, b = x[:2], x[2:].clone().requires_grad_()
     distance = lpips(a, b)
     # What lpips 0.1.4 gives, net="vgg", with the same weights
-    assert distance.tolist() == pytest.approx([0.661448061466217, 0.6806221008300781], rel=1e-5)
+    assert distance.tolist() == approx([0.661448061466217, 0.6806221008300781], rel=1e-5)
     gradient = torch.autograd.grad(distance.sum(), b)[0]
-    assert gradient.norm().item() == pytest.approx(0.029269661754369736, rel=1e-4)
+    assert gradient.norm().item() == approx(0.029269661754369736, rel=1e-4)
     assert not any(p.requires_grad for p in lpips.parameters())
     same = torch.zeros(1, 3, 16, 16, requires_grad=True)
     lpips(same, same.detach()).backward()
     assert same.grad.abs().max() == 0 == lpips(same, same)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert lpips(a, b).tolist() == pytest.approx(distance.tolist(), rel=0.05)
+        assert lpips(a, b).tolist() == approx(distance.tolist(), rel=0.05)
 
-def test_weights_come_from_the_cache_or_a_checked_download(lpips_weights, tmp_path, monkeypatch):
+def test_weights_are_downloaded_and_checked(lpips_weights, tmp_path, monkeypatch):
     vgg, lpips = lpips_weights
-    content = lpips.read_bytes()
     for path, other, url, name in ((vgg, lpips, augvae.VGG_FILE[2], "features.0.weight"),
                                    (lpips, vgg, augvae.LPIPS_FILE[2], "lin0.model.1.weight")):
         path.rename(tmp_path / "aside")
-        for download, why in ((True, "no network"), (False, "may not be downloaded")):
-            with pytest.raises(OSError, match=re.escape(url)) as info:
+        for download, why in ((True, "Permission denied"), (False, "may not be downloaded")):
+            with raises(OSError, match=re.escape(url)) as info:
                 LPIPS(download)
             assert str(path) in str(info.value) and why in str(info.value)
         path.write_bytes(other.read_bytes())
-        with pytest.raises(ValueError, match=name):
+        with raises(ValueError, match=name):
             LPIPS()
         (tmp_path / "aside").rename(path)
     monkeypatch.undo()  # the real download, of a file on this disk
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(OSError, match="hash"):
+    with raises(OSError, match="hash"):
         augvae.find_weights("other.pth", "0" * 64, lpips.as_uri())
     assert sorted(vgg.parent.iterdir()) == sorted(lpips_weights)  # nothing half-done remains
+    content = lpips.read_bytes()
     path = augvae.find_weights("other.pth", hashlib.sha256(content).hexdigest(), lpips.as_uri())
-    with open(path, "rb") as f:
-        assert f.read() == content
+    assert Path(path).read_bytes() == content
 
 # -----------------------------------------------------------------------------
 # biart.py
@@ -1535,8 +1426,8 @@ def test_weights_come_from_the_cache_or_a_checked_download(lpips_weights, tmp_pa
 GPT = BiARTConfig(n_layer=2, n_head=2, n_embd=16, n_text=6, text_vocab=20, end_token=18, pad_token=19,
                   image_vocab=12, image_side=3)
 
-def captions_and_codes(n=4, seed=0):
-    """Random text (n, 6) of 2, 5, 3, 4, 2 ... words and an end token, and random image codes (n, 9)."""
+def text_and_codes(n=4, seed=0):
+    """Random text (n, 6), of 2, 5, 3, 4 ... words and an end token, and image codes (n, 9)."""
     g = torch.Generator().manual_seed(seed)
     text = torch.randint(0, 18, (n, 6), generator=g)
     for row, length in zip(text, (2, 5, 3, 4) * n):
@@ -1544,78 +1435,76 @@ def captions_and_codes(n=4, seed=0):
     return text, torch.randint(0, 12, (n, 9), generator=g)
 
 def biart(seed=0, **changes):
-    """A small random model in eval mode. Its weights are so large that every part changes the result."""
+    """A small random model, whose weights are so large that every part changes the result."""
     torch.manual_seed(seed)
-    model = BiART(dataclasses.replace(GPT, **changes)).eval()
+    model = BiART(replace(GPT, **changes)).eval()
     for p in model.parameters():
         nn.init.normal_(p, std=0.3)
     return model
 
-@pytest.mark.parametrize("rows", [1, 40])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("amp", [False, True])
-def test_fused_linear_layers_equal_their_plain_versions(rows, bias, amp):
-    torch.manual_seed(0)
+@mark.parametrize("rows", [1, 40])
+@mark.parametrize("bias", [False, True])
+@mark.parametrize("amp", [False, True])
+def test_fused_linear_layers_equal_plain_ones(rows, bias, amp):
     layer, ln = nn.Linear(12, 20, bias), nn.LayerNorm(12)
     nn.init.normal_(ln.weight)
     nn.init.normal_(ln.bias)
     x = torch.randn(rows, 3, 12, requires_grad=True)
     for fused, plain, parameters in (
-            (lambda x: biart_module.gelu_linear(x, layer), lambda x: layer(F.gelu(x)), []),
-            (lambda x: biart_module.norm_linear(x, ln, layer), lambda x: layer(ln(x)), [*ln.parameters()])):
-        assert_same_values_and_gradients(fused, plain, [x], 3e-2 if amp else 1e-5,
-                                         [*layer.parameters(), *parameters], amp)
+            (lambda x: linear_after(F.gelu, x, layer), lambda x: layer(F.gelu(x)), []),
+            (lambda x: norm_linear(x, ln, layer), lambda x: layer(ln(x)), [*ln.parameters()])):
+        assert_same_gradients(fused, plain, [x], 3e-2 if amp else 1e-5,
+                              [*layer.parameters(), *parameters], amp)
         with torch.no_grad():
-            assert torch.equal(fused(x), plain(x))
+            assert equal(fused(x), plain(x))
 
-@pytest.mark.parametrize("max_logits", [1, 70, 2 ** 22])
-@pytest.mark.parametrize("amp", [False, True])
-def test_chunked_cross_entropy_equals_its_plain_version(max_logits, amp, monkeypatch):
-    monkeypatch.setattr(biart_module.LinearCrossEntropy, "max_logits", max_logits)
-    torch.manual_seed(0)
+@mark.parametrize("max_logits", [1, 70, 2 ** 22])
+@mark.parametrize("amp", [False, True])
+def test_chunked_cross_entropy_equals_plain(max_logits, amp, monkeypatch):
+    monkeypatch.setattr("biart.MAX_LOGITS", max_logits)
     h, weight = torch.randn(9, 6, requires_grad=True), torch.randn(20, 6, requires_grad=True)
     targets, token_weights = torch.randint(0, 20, (9,)), torch.rand(9)
 
     def chunked(h, weight):
-        return biart_module.LinearCrossEntropy.apply(h, weight, targets, token_weights)[0]
+        return LinearCrossEntropy.apply(h, weight, targets, token_weights)[0]
 
     def plain(h, weight):
         return (token_weights * F.cross_entropy(F.linear(h, weight), targets, reduction="none")).sum()
 
-    assert_same_values_and_gradients(chunked, plain, [h, weight], 3e-2 if amp else 1e-5, amp=amp)
+    assert_same_gradients(chunked, plain, [h, weight], 3e-2 if amp else 1e-5, amp=amp)
     with torch.no_grad():
-        _, nll = biart_module.LinearCrossEntropy.apply(h, weight, targets, token_weights)
-        assert torch.allclose(nll, F.cross_entropy(F.linear(h, weight), targets, reduction="none"))
+        _, nll = LinearCrossEntropy.apply(h, weight, targets, token_weights)
+        assert allclose(nll, F.cross_entropy(F.linear(h, weight), targets, reduction="none"))
 
 def test_blocks_keep_no_norm_and_no_gelu():
-    """A block keeps for its backward pass: the input, q, k, v, attention's output, the middle, 4 x hidden."""
-    block, saved = biart_module.Block(GPT), []
+    """It keeps the input, q, k, v, attention's output, the middle, 4 x hidden."""
+    block, saved = Block(GPT), []
     x = torch.randn(8, 24, 16, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         block(x)
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() / x.nbytes for t in saved}
-    assert sum(size for size in sizes.values() if size >= 1) == 10  # all weights are smaller than x
+    assert sum(size for size in sizes.values() if size >= 1) == 10
 
-@pytest.mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="came with torch 2.3")
-def test_a_compiled_model_learns_the_same(monkeypatch):
+@mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="came with torch 2.3")
+def test_a_compiled_model(monkeypatch):
     results = []
     for compiled in (False, True):
         model = biart(code_hidden=8)
         if compiled:  # torch.compile gets the plain layers
-            monkeypatch.setattr(biart_module.LinearAfter, "apply", None)
-        loss, _ = (torch.compile(model, backend="eager") if compiled else model)(*captions_and_codes())
+            monkeypatch.setattr(LinearAfter, "apply", None)
+        loss, _ = (torch.compile(model, backend="eager") if compiled else model)(*text_and_codes())
         loss.backward()
         results.append([loss, *(p.grad for p in model.parameters() if p.grad is not None)])
     assert len(results[0]) == len(results[1]) > 20
     for a, b in zip(*results):
-        assert torch.allclose(a, b, atol=1e-6)
+        assert allclose(a, b, atol=1e-6)
 
-@pytest.mark.parametrize("positions", ["modality", "sequence"])
-@pytest.mark.parametrize("to", ["image", "text"])
+@mark.parametrize("positions", ["modality", "sequence"])
+@mark.parametrize("to", ["image", "text"])
 @torch.no_grad()
 def test_no_token_sees_the_future(to, positions):
     model = biart(positions=positions)
-    x = model.embed(*captions_and_codes(), to)
+    x = model.embed(*text_and_codes(), to)
     h = model.transformer(x)
     for j in range(15):
         changed = x.clone()
@@ -1624,86 +1513,83 @@ def test_no_token_sees_the_future(to, positions):
         assert same[:j].all() and not same[j:].any()
 
 def test_layouts_segments_and_positions():
-    model, (text, image) = biart(), captions_and_codes()
+    model, (text, image) = biart(), text_and_codes()
     t2i, i2t = model.embed(text, image, "image"), model.embed(text, image, "text")
     segment = model.segment.weight  # a token has the same position on both sides
-    assert torch.allclose(t2i[:, :6] - segment[REF], i2t[:, 9:] - segment[GEN], atol=1e-6)
-    assert torch.allclose(t2i[:, 6:] - segment[GEN], i2t[:, :9] - segment[REF], atol=1e-6)
+    assert allclose(t2i[:, :6] - segment[REF], i2t[:, 9:] - segment[GEN], atol=1e-6)
+    assert allclose(t2i[:, 6:] - segment[GEN], i2t[:, :9] - segment[REF], atol=1e-6)
     expected = model.row_position.weight[1] + model.column_position.weight[2] + segment[GEN]
-    assert torch.allclose(model.position_embedding("image", GEN)[5], expected)
+    assert allclose(model.position_embedding("image", GEN)[5], expected)
     expected = model.token["text"].weight[text[2, 1]] + model.text_position.weight[1] + segment[REF]
-    assert torch.allclose(t2i[2, 1], expected)
+    assert allclose(t2i[2, 1], expected)
     absolute = biart(positions="sequence")
     position, segment = absolute.position.weight, absolute.segment.weight
     for modality, start in (("image", 6), ("text", 9)):
-        assert torch.allclose(absolute.position_embedding(modality, GEN)[0], position[start] + segment[GEN])
-        assert torch.allclose(absolute.position_embedding(modality, REF)[0], position[0] + segment[REF])
+        assert allclose(absolute.position_embedding(modality, GEN)[0], position[start] + segment[GEN])
+        assert allclose(absolute.position_embedding(modality, REF)[0], position[0] + segment[REF])
 
 @torch.no_grad()
-def test_merged_forward_is_the_two_directions_without_padding():
-    model, (text, image), by_hand = biart(), captions_and_codes(), {}
+def test_the_loss_of_both_directions():
+    model, (text, image), by_hand = biart(), text_and_codes(), {}
     for to, samples in (("image", [0, 2]), ("text", [1, 3])):
         targets, n_ref = (image, 6) if to == "image" else (text, 9)
         logits = model.logits(model.transformer(model.embed(text, image, to)), to)[:, n_ref - 1:-1]
         nll = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=19)
-        n_tokens = torch.tensor([9] * 4 if to == "image" else [3, 6, 4, 5])  # words and the end token
+        n_tokens = torch.tensor([9] * 4 if to == "image" else [3, 6, 4, 5])
         by_hand[to] = (nll.sum(1) / n_tokens)[samples].mean().item()
         for start in (0, 4):
             log_p, count = model.log_likelihood(text, image, to, start)
-            assert torch.allclose(log_p, -nll[:, start:].sum(1), atol=1e-5)
-            assert torch.equal(count, (n_tokens - start).clamp(min=0))
+            assert allclose(log_p, -nll[:, start:].sum(1), atol=1e-5)
+            assert equal(count, (n_tokens - start).clamp(min=0))
     for weight in (1.0, 3.0):
         loss, parts = biart(t2i_weight=weight)(text, image)
-        assert parts == pytest.approx({"t2i": by_hand["image"], "i2t": by_hand["text"]}, rel=1e-5)
-        assert loss == pytest.approx((weight * by_hand["image"] + by_hand["text"]) / (weight + 1), rel=1e-5)
-    with pytest.raises(ValueError, match="batch size 3 is odd"):
+        assert parts == approx({"t2i": by_hand["image"], "i2t": by_hand["text"]}, rel=1e-5)
+        assert loss == approx((weight * by_hand["image"] + by_hand["text"]) / (weight + 1), rel=1e-5)
+    with raises(ValueError, match="batch size 3 is odd"):
         model(text[:3], image[:3])
 
 def test_null_blanks_the_reference_side():
-    model, (text, image) = biart(), captions_and_codes()
-    other = captions_and_codes(seed=1)[0]
+    model, (text, image) = biart(), text_and_codes()
+    other = text_and_codes(seed=1)[0]
     yes = torch.ones(4, dtype=torch.bool)
-    assert torch.equal(model.embed(text, image, "image", yes), model.embed(other, image, "image", yes))
-    assert torch.equal(model.embed(text, image, "text", yes)[:, 9:], model.embed(text, image, "text")[:, 9:])
+    assert equal(model.embed(text, image, "image", yes), model.embed(other, image, "image", yes))
+    assert equal(model.embed(text, image, "text", yes)[:, 9:], model.embed(text, image, "text")[:, 9:])
     for null, same in ((yes, True), (torch.tensor([True, True, False, True]), False)):
         assert (model(text, image, null)[1]["t2i"] == model(other, image, null)[1]["t2i"]) == same
 
-def test_image_tokens_are_replaced_in_training_where_they_are_generated():
-    model, (text, image) = biart(replace_prob=1.0), captions_and_codes()
+def test_image_tokens_are_replaced():
+    model, (text, image) = biart(replace_prob=1.0), text_and_codes()
     plain = {to: model.embed(text, image, to) for to in OTHER}
-    assert torch.equal(plain["image"][:, 6:], model.embed_side(image, "image", GEN))
+    assert equal(plain["image"][:, 6:], model.embed_side(image, "image", GEN))
     torch.manual_seed(0)
     shuffled = image.flatten()[torch.randperm(36)].view(4, 9)
     model.train()
     torch.manual_seed(0)
     expected = torch.cat([plain["image"][:, :6], model.embed_side(shuffled, "image", GEN)], 1)
-    assert torch.equal(model.embed(text, image, "image"), expected)
-    assert torch.equal(model.embed(text, image, "text"), plain["text"])
+    assert equal(model.embed(text, image, "image"), expected)
+    assert equal(model.embed(text, image, "text"), plain["text"])
     model.config.replace_prob = 0.25
     image = torch.arange(4000 * 9).view(4000, 9)
     assert abs((model.replace_some(image) != image).float().mean().item() - 0.25) < 0.02
 
-def test_code_embeddings_come_from_the_code_vectors():
+def test_code_embeddings():
     model, vectors = biart(code_hidden=5, code_dim=3), torch.randn(12, 3) * 4 + 1
-    vectors[7] = vectors[2]
     model.set_code_vectors(vectors)
     codes = model.token["image"]
     assert abs(codes.vectors.mean(0)).max() < 1e-5 and abs(codes.vectors.std() - 1) < 0.05
-    assert torch.allclose(codes.weight, 0.2 * codes.own + codes.c_proj(F.gelu(codes.c_fc(codes.vectors))))
-    assert torch.equal(codes(torch.tensor([[3, 7]])), codes.weight[[3, 7]][None])
+    assert allclose(codes.weight, 0.2 * codes.own + codes.c_proj(F.gelu(codes.c_fc(codes.vectors))))
+    assert equal(codes(torch.tensor([[3, 7]])), codes.weight[[3, 7]][None])
     with torch.no_grad():
-        codes.own.zero_()
-        assert codes.train().weight[7].equal(codes.weight[2])  # equal vectors, equal embeddings
         kept = codes.eval().weight
-        assert kept is codes.weight  # computed once
+        assert kept is codes.weight
         codes.own.add_(1)
-        assert torch.allclose(model.train().eval().token["image"].weight, kept + 0.2)  # and again
-    model(*captions_and_codes())[0].backward()
+        assert allclose(model.train().eval().token["image"].weight, kept + 0.2)
+    model(*text_and_codes())[0].backward()
     assert all(p.grad is not None for p in codes.parameters())
-    biart().set_code_vectors(vectors)  # a model that learns every embedding has no use for them
+    biart().set_code_vectors(vectors)
 
 def logits_by_hand(model, ref, to, tokens, guidance):
-    """Logits of the token behind `tokens` (a list), (V,), for one ref (1, n_ref). No cache, no batch."""
+    """Logits of the token behind a list of tokens, (V,), for one ref (1, n_ref)."""
     both = []
     for null in (False, True):
         ref_side = model.embed_side(ref, OTHER[to], REF, torch.tensor([null]))
@@ -1719,7 +1605,7 @@ def logits_by_hand(model, ref, to, tokens, guidance):
     return logits
 
 def generate_by_hand(model, ref, to, seed, prefix, sampling):
-    """One sample, the long way round: the whole sequence for every token."""
+    """One sample: the whole sequence for every token."""
     length, tokens = model.config.length(to), list(prefix)
     uniform = torch.rand(length, generator=torch.Generator().manual_seed(seed))
     while len(tokens) < length:
@@ -1730,7 +1616,7 @@ def generate_by_hand(model, ref, to, seed, prefix, sampling):
     return tokens
 
 class PretendGPU(TorchFunctionMode):
-    """Tensors on the CPU say that they are on a GPU, so the cache takes the way with a mask."""
+    """Tensors say that they are on a GPU, so the cache takes the way with a mask."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         if function == torch.Tensor.device.__get__:
@@ -1739,29 +1625,29 @@ class PretendGPU(TorchFunctionMode):
             kwargs = {**kwargs, "device": "cpu"}
         return function(*("cpu" if isinstance(x, torch.device) else x for x in args), **(kwargs or {}))
 
-@pytest.mark.parametrize("positions", ["modality", "sequence"])
-@pytest.mark.parametrize("to", ["image", "text"])
-@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"guidance": 2.5, "temperature": 0.8},
-                                     {"top_k": 4, "top_p": 0.7}])
+@mark.parametrize("positions", ["modality", "sequence"])
+@mark.parametrize("to", ["image", "text"])
+@mark.parametrize("options", [{}, {"temperature": 0}, {"guidance": 2.5, "temperature": 0.8},
+                              {"top_k": 4, "top_p": 0.7}])
 @torch.no_grad()
 def test_cached_generation_equals_uncached(to, positions, options):
-    model, (text, image) = biart(2, positions=positions), captions_and_codes(2)
-    model.token["text"].weight[18] += 1  # so that captions end early
+    model, (text, image) = biart(2, positions=positions), text_and_codes(2)
+    model.token["text"].weight[18] += 1
     ref, gen = (text, image) if to == "image" else (image, text)
-    sampling, seeds = Sampling(**options), [5, 6, 7, 8]
-    for n_prefix in (0, 2, gen.shape[1]):
+    sampling = Sampling(**options)
+    for n_prefix, seeds in ((0, [5, 6, 7, 8]), (2, None), (gen.shape[1], None)):
         prefix = gen[:, :n_prefix] if n_prefix else None
-        expected = [generate_by_hand(model, ref[i // 2:i // 2 + 1], to, seeds[i],
+        expected = [generate_by_hand(model, ref[i // 2:i // 2 + 1], to, seeds[i] if seeds else i,
                                      gen[i // 2, :n_prefix].tolist(), sampling) for i in range(4)]
         tokens, log_p = model.generate(ref, to, 2, prefix, sampling, seeds)
-        assert tokens.tolist() == expected and (to == "image" or 19 in tokens)
+        assert tokens.tolist() == expected and (to == "image" or n_prefix == 2 or 19 in tokens)
         with PretendGPU():
-            assert torch.equal(model.generate(ref, to, 2, prefix, sampling, seeds)[0], tokens)
+            assert equal(model.generate(ref, to, 2, prefix, sampling, seeds)[0], tokens)
         pairs = {"text": text.repeat_interleave(2, 0), "image": image.repeat_interleave(2, 0), to: tokens}
-        assert torch.allclose(log_p, model.log_likelihood(**pairs, to=to, start=n_prefix)[0], atol=1e-5)
+        assert allclose(log_p, model.log_likelihood(**pairs, to=to, start=n_prefix)[0], atol=1e-5)
 
-@pytest.mark.parametrize("fails", [None, "CUDAGraph", "graph"])
-def test_graphs_record_the_second_call_and_replay_from_then_on(fails, monkeypatch):
+@mark.parametrize("fails", [False, True])
+def test_graphs_record_and_replay(fails, monkeypatch):
     calls, recording = [], []
 
     class Graph:
@@ -1772,16 +1658,13 @@ def test_graphs_record_the_second_call_and_replay_from_then_on(fails, monkeypatc
     @contextlib.contextmanager
     def record(graph, capture_error_mode):
         recording.append(graph)
-        if fails == "graph":
-            refuse()
+        if fails:
+            raise RuntimeError("operation not permitted")
         yield
         recording.pop()
 
-    def refuse(*_, **__):
-        raise RuntimeError("operation not permitted")
-
     def step(x):
-        if recording:  # computes nothing
+        if recording:
             recording[0].x, recording[0].h = x, torch.empty_like(x)
             return recording[0].h
         calls.append("step")
@@ -1789,56 +1672,39 @@ def test_graphs_record_the_second_call_and_replay_from_then_on(fails, monkeypatc
 
     for name in ("current_stream", "synchronize", "set_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: recording.clear())
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", refuse if fails == "CUDAGraph" else Graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", record)
-    graphed = biart_module.GraphedStep(step)
-    with pytest.warns(UserWarning, match="no CUDA graphs here") if fails else contextlib.nullcontext():
+    graphed = GraphedStep(step)
+    with warns(UserWarning, match="no CUDA graphs here") if fails else contextlib.nullcontext():
         for i in range(5):
             assert graphed(torch.tensor([float(i)])).tolist() == [2 * i]
     assert calls == (["step"] * 5 if fails else ["step"] + ["replay"] * 4)
 
-@pytest.mark.parametrize("guidance", [1.0, 2.0])
+@mark.parametrize("guidance", [1.0, 2.0])
 @torch.no_grad()
-def test_prompts_are_read_once_for_all_their_candidates(guidance):
-    model, (text, image), read = biart(), captions_and_codes(2), []
+def test_prompts_are_read_once(guidance):
+    model, (text, image), read = biart(), text_and_codes(2), []
     model.blocks[0].register_forward_hook(lambda block, args, output: read.append(tuple(output.shape[:2])))
     prompts = 2 if guidance == 1 else 4  # the second half is blank
     model.generate(text, "image", n=8, prefix=image[:, :3], sampling=Sampling(guidance=guidance))
     assert read == [(prompts, 6 + 3)] + [(8 * prompts, 1)] * 5
-    _, cache = model.prefill(text, "image", image[:, :3], guidance, 8)
-    before, rows = list(cache.kv), [9, 0, 9]
-    cache.select(torch.tensor(rows))
-    for old, new in zip(before, cache.kv):
-        assert old.shape == (2, 8 * prompts, 2, 15, 8)
-        assert torch.equal(new, old[:, rows]) and not torch.equal(old[:, 9], old[:, 0])
 
-def test_a_sample_depends_on_its_own_seed_alone():
-    model, (text, _) = biart(), captions_and_codes(4)
-    together, _ = model.generate(text, "image")  # seeds 0, 1, 2, 3
-    assert torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[2])[0])
-    assert not torch.equal(together[2:3], model.generate(text[2:3], "image", seeds=[3])[0])
-
-@pytest.mark.parametrize("to", ["image", "text"])
-def test_on_token_sees_every_token_and_can_end_the_work(to):
-    model, (text, image), seen, last = biart(seed=2), captions_and_codes(2), [], None
+@mark.parametrize("to", ["image", "text"])
+def test_on_token_sees_every_token(to):
+    model, (text, image), seen = biart(seed=2), text_and_codes(2), []
     ref, prefix = (text, image[:, :2]) if to == "image" else (image, text[:, :2])
     with torch.no_grad():
-        model.token["text"].weight[18] += 1.5  # so that all captions end early
+        model.token["text"].weight[18] += 1.5
 
     def on_token(tokens, n_known):
         seen.append((tokens.clone(), n_known))
-        if n_known == last:
-            raise KeyboardInterrupt
 
     tokens, _ = model.generate(ref, to, 2, prefix, on_token=on_token)
     longest = int((tokens != 19).sum(1).max())
     assert longest == 9 if to == "image" else longest < 6
     assert [n_known for _, n_known in seen] == list(range(3, longest + 1))
     for known, n_known in seen:
-        assert known.shape == tokens.shape and torch.equal(known[:, :n_known], tokens[:, :n_known])
-    last = 4
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(ref, to, 2, prefix, on_token=on_token)
+        assert known.shape == tokens.shape and equal(known[:, :n_known], tokens[:, :n_known])
 
 def test_sampling_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
@@ -1848,11 +1714,11 @@ def test_sampling_distribution():
         tokens = sample_token(logits.repeat(20000, 1), uniform, Sampling(**options))
         return torch.bincount(tokens, minlength=5) / 20000
 
-    assert torch.allclose(shares(), logits[0].softmax(0), atol=2e-3)
-    assert torch.allclose(shares(temperature=0.5), (2 * logits[0]).softmax(0), atol=2e-3)
+    assert allclose(shares(), logits[0].softmax(0), atol=2e-3)
+    assert allclose(shares(temperature=0.5), (2 * logits[0]).softmax(0), atol=2e-3)
     three = torch.tensor([2.0, 1.0, -torch.inf, -torch.inf, 1.5]).softmax(0)
-    assert torch.allclose(shares(top_k=3), three, atol=2e-3)
-    assert torch.allclose(shares(top_p=0.8), three, atol=2e-3)  # the two likeliest sum to 0.75, three to 0.92
+    assert allclose(shares(top_k=3), three, atol=2e-3)
+    assert allclose(shares(top_p=0.8), three, atol=2e-3)  # the two likeliest sum to 0.75, three to 0.92
     assert shares(top_p=0.7)[[1, 2, 3]].sum() == 0
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
     for end in (torch.tensor([1 - 1e-7]), torch.tensor([1.0])):  # gives the last token that can occur
@@ -1861,7 +1727,7 @@ def test_sampling_distribution():
         assert sample_token(logits[:, :3].log(), end, Sampling()).item() == 1  # token 2 has p = 0
 
 def beam_search_by_hand(model, image, width, prefix, length_penalty, guidance):
-    """The long way round: whole sequences, no cache, one image -> texts and their scores, best first."""
+    """Whole sequences, no cache, one image -> texts and their scores, best first."""
     c = model.config
 
     def score(beam):
@@ -1880,63 +1746,48 @@ def beam_search_by_hand(model, image, width, prefix, length_penalty, guidance):
     texts = [tokens + [c.pad_token] * (c.n_text - len(tokens)) for tokens, _ in beams]
     return texts, [score(beam) for beam in beams]
 
-@pytest.mark.parametrize("n_text, width", [(3, 100), (6, 4)])  # 100: more than there are texts
-@pytest.mark.parametrize("prefix", [[], [2]])
-@pytest.mark.parametrize("length_penalty, guidance", [(0.0, 1.0), (0.7, 2.0), (1.0, 1.0)])
+@mark.parametrize("n_text, width", [(3, 100), (6, 4)])  # more than there are texts
+@mark.parametrize("prefix", [[], [2]])
+@mark.parametrize("length_penalty, guidance", [(0.0, 1.0), (0.7, 2.0), (1.0, 1.0)])
 @torch.no_grad()
 def test_beam_search_against_brute_force(n_text, width, prefix, length_penalty, guidance):
     changes = {"text_vocab": 6, "end_token": 4, "pad_token": 5} if n_text == 3 else {}
-    model, image = biart(seed=3, n_text=n_text, **changes), captions_and_codes(2)[1]
-    model.token["text"].weight[model.config.end_token] += 0.3  # so that captions end at different lengths
+    model, image = biart(seed=3, n_text=n_text, **changes), text_and_codes(2)[1]
+    model.token["text"].weight[model.config.end_token] += 0.3  # captions end at different lengths
     given = torch.tensor([prefix] * 2, dtype=torch.long)
     found, scores = model.beam_search(image, width, given, length_penalty, guidance)
     for i in range(2):
         texts, expected = beam_search_by_hand(model, image[i:i + 1], width, prefix, length_penalty, guidance)
         assert found[i, :4].tolist() == texts[:4]
-        assert torch.allclose(scores[i, :len(texts)], torch.tensor(expected), atol=1e-5)
+        assert allclose(scores[i, :len(texts)], torch.tensor(expected), atol=1e-5)
     greedy, _ = model.generate(image, "text", 1, given, Sampling(temperature=0, guidance=guidance))
-    assert torch.equal(model.beam_search(image, 1, given, length_penalty, guidance)[0][:, 0], greedy)
-
-def test_guidance_takes_plausible_tokens_and_scales_with_uncertainty(monkeypatch):
-    model = biart()
-    monkeypatch.setattr(model, "logits", lambda h, to: h)
-    conditional = torch.tensor([0.5, 0.4, 0.097, 0.002, 0.001]).log()  # 0.002 is plausible: > 0.003 * 0.5
-    null = torch.tensor([0.5, 0.1, 0.3, 0.05, 0.05]).log()
-    logits, log_p = model.next_logits(torch.stack([conditional, null]), "image", 5.0)
-    p = logits.softmax(1)[0]
-    assert p[3] > 0 and p[4] == 0 and torch.allclose(log_p[0], conditional, atol=1e-5)
-    torch.testing.assert_close(p[1] / p[0], torch.tensor(0.8 * 4 ** (4 * 0.5)), rtol=1e-4, atol=0)
+    assert equal(model.beam_search(image, 1, given, length_penalty, guidance)[0][:, 0], greedy)
 
 def test_likelihoods_are_computed_in_parts():
-    model, (text, image), parts = biart(), captions_and_codes(2500), []
+    model, (text, image), parts = biart(), text_and_codes(2500), []
     model.blocks[0].register_forward_hook(lambda *_: parts.append(1))
     for to in OTHER:
         log_p, count = model.log_likelihood(text, image, to)
         last, last_count = model.log_likelihood(text[-400:], image[-400:], to)
-        assert torch.allclose(log_p[-400:], last, atol=1e-5) and torch.equal(count[-400:], last_count)
+        assert allclose(log_p[-400:], last, atol=1e-5) and equal(count[-400:], last_count)
     assert len(parts) == 2 * (2 + 1)
 
 def test_one_batch_is_learned_both_ways():
-    torch.manual_seed(0)
-    model, (text, image) = BiART(dataclasses.replace(GPT, n_embd=32)), captions_and_codes(4)
+    model, (text, image) = BiART(replace(GPT, n_embd=32)), text_and_codes(4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(250):
-        order = torch.randperm(4)  # so that every sample runs both ways
+        order = torch.randperm(4)
         loss, _ = model(text[order], image[order])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
     assert loss < 0.05
     likeliest = Sampling(temperature=0)
-    assert torch.equal(model.eval().generate(text, "image", sampling=likeliest)[0], image)
-    assert torch.equal(model.generate(image, "text", sampling=likeliest)[0], text)
+    assert equal(model.eval().generate(text, "image", sampling=likeliest)[0], image)
+    assert equal(model.generate(image, "text", sampling=likeliest)[0], text)
 
 # -----------------------------------------------------------------------------
 # train.py
-# Of the header: argparse, contextlib, csv, dataclasses, json, math, os, re, shutil, signal, subprocess, sys,
-# time, Counter, pytest, torch, dist, nn, Image, fake_tensor, FakeTensor, FakeTensorMode, FakeStore,
-# TorchDispatchMode, tree_flatten, tree_map, HERE, augvae, data, sample_module, train, AugVAE, Codebook,
-# Tokenizer. Of the augvae part: RELEASED, released_file, has_namespaces, Payload.
 
 MINIATURE = ["--image_size=64", "--levels=8,4", "--token_grid=8", "--ch_mult", "1,1,1,2", "--hidden=8",
              "--n_groups=4", "--z_channels=16", "--codebook_size=32", "--codebook_dim=8", "--n_layer=1",
@@ -1945,31 +1796,31 @@ MINIATURE = ["--image_size=64", "--levels=8,4", "--token_grid=8", "--ch_mult", "
 SMALL = [*MINIATURE, "--image_size=8", "--levels=4,2", "--token_grid=4", "--ch_mult=1,2"]
 STEADY = ["--dropout=0", "--replace_prob=0", "--null_prob=0"]  # no random numbers in a step of BiART
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-torch.set_num_threads(1)  # as in run(): results are then equal to the last bit
+torch.set_num_threads(1)  # as in run(), for equal bits
+
+def started(*command, **environment):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen([str(c) for c in command], cwd=HERE, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 def run(*command, ok=True, **environment):
     """Run a command in the repository -> what it printed. It must succeed or, with ok=False, fail."""
-    process = subprocess.run([str(c) for c in command], cwd=HERE, capture_output=True, text=True, timeout=300,
-                             check=False, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    assert (process.returncode == 0) == ok, process.stdout + process.stderr
-    return process.stderr + process.stdout
-
-def python(*arguments, ok=True):
-    return run(sys.executable, *arguments, ok=ok)
+    process = started(*command, **environment)
+    try:
+        printed, _ = process.communicate(timeout=300)
+    finally:
+        process.kill()
+    assert (process.returncode == 0) == ok, printed
+    return printed
 
 def refused(*command):
-    """The command must fail with a sentence, without a traceback -> what it printed."""
-    printed = python(*command, ok=False)
+    """It must fail with a sentence, without a traceback -> what it printed."""
+    printed = run(sys.executable, *command, ok=False)
     assert "Traceback" not in printed, printed
     return printed
 
-def started(*command):
-    """A command that runs in the repository, to be read from and stopped."""
-    return subprocess.Popen([str(c) for c in command], cwd=HERE, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
 def last_json(printed):
-    """The JSON object that a command printed last, whatever warnings the libraries print behind it."""
+    """The last JSON object that a command printed."""
     return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
 
 def rows(path):
@@ -1982,23 +1833,22 @@ def losses(out, stage):
 def checkpoint(out, stage):
     return augvae.read_checkpoint(str(out / f"{stage}.pt"), stage)
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def finished(tmp_path_factory):
-    """A miniature run through all stages, made by the real command."""
+    """A miniature run, made by the real command."""
     out = tmp_path_factory.mktemp("run") / "out"
-    printed = python("train.py", *MINIATURE, "--out_dir", out)
+    printed = run(sys.executable, "train.py", *MINIATURE, "--out_dir", out)
     return out, printed
 
-@pytest.fixture
+@fixture
 def copied_run(finished, tmp_path):
-    """A copy of the miniature run, to be changed."""
     return shutil.copytree(finished[0], tmp_path / "copy")
-
-# -----------------------------------------------------------------------------
-# Whole runs
 
 def train_in(out, *given):
     train.main([*map(str, given), f"--out_dir={out}"])
+
+def sample_in(out, *given):
+    sample.main([*map(str, given), f"--out_dir={out}"])
 
 def assert_equal_runs(a, b, *stages):
     """Equal to the last bit: losses, weights, and the optimizer's averages."""
@@ -2006,18 +1856,18 @@ def assert_equal_runs(a, b, *stages):
         assert losses(a, stage) == losses(b, stage)
         ours, theirs = ([c["model"], c["optimizer"]] for c in (checkpoint(a, stage), checkpoint(b, stage)))
         for x, y in zip(tree_flatten(ours)[0], tree_flatten(theirs)[0]):
-            assert torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y
+            assert equal(x, y) if isinstance(x, torch.Tensor) else x == y
 
-@pytest.mark.slow
-@pytest.mark.old_torch
+@slow
+@old_torch
 def test_training_makes_a_whole_run(finished, capsys):
     out, printed = finished
     for stage in train.STAGES:
         log = rows(out / f"{stage}.csv")
         assert [int(row["step"]) for row in log] == [1, 2, 3, 4] and f"{stage} 4/4 loss" in printed
         assert [bool(row["val_loss"]) for row in log] == [False, True, False, True]
-        for name in ("loss", "images_per_s", "peak_gb"):
-            assert all(0 < float(row[name]) < math.inf for row in log)
+        for row in log:
+            assert all(0 < float(row[name]) < math.inf for name in ("loss", "images_per_s", "peak_gb"))
         assert all(Image.open(out / f"{stage}_00000{step}.png").width > 100 for step in (0, 2, 4))
         last = checkpoint(out, stage)["progress"]
         best = augvae.read_checkpoint(str(out / f"{stage}_best.pt"), stage)["progress"]
@@ -2030,13 +1880,12 @@ def test_training_makes_a_whole_run(finished, capsys):
     assert capsys.readouterr().out.count(": 0 steps in ") == 3
 
 def wait_for(process, beginning):
-    """Read what a process prints, up to a line that begins so."""
     while not process.stdout.readline().startswith(beginning):
         assert process.poll() is None, f"it ended without a line {beginning}"
 
-@pytest.mark.slow
-@pytest.mark.old_torch
-def test_a_run_killed_at_any_moment_continues_to_the_last_bit(finished, tmp_path):
+@slow
+@old_torch
+def test_a_killed_run_continues_to_the_last_bit(finished, tmp_path):
     resume = []
     for line, seconds in (("augvae_ml 3/4", 0), ("augvae_sl 3/4", 0.2), ("biart 3/4", 0.01)):
         process = started(sys.executable, "train.py", *MINIATURE, "--out_dir", tmp_path, *resume)
@@ -2045,12 +1894,12 @@ def test_a_run_killed_at_any_moment_continues_to_the_last_bit(finished, tmp_path
         process.kill()
         process.communicate()
         resume = ["--resume"]
-    train_in(tmp_path, "--resume")  # the checkpoint has the settings
+    train_in(tmp_path, "--resume")
     assert_equal_runs(tmp_path, finished[0], *train.STAGES)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
-def test_a_run_stopped_by_a_signal_continues_to_the_last_bit(launcher, copied_run, tmp_path):
+@slow
+@mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
+def test_a_stopped_run_continues_to_the_last_bit(launcher, copied_run, tmp_path):
     whole = shutil.copytree(copied_run, tmp_path / "whole")
     given = [*MINIATURE, "--stage=biart", "--max_iters=150", "--eval_interval=150", "--log_interval=10",
              "--batch_size=2", "--overwrite"]
@@ -2061,7 +1910,7 @@ def test_a_run_stopped_by_a_signal_continues_to_the_last_bit(launcher, copied_ru
     printed, _ = process.communicate(timeout=60)
     step = checkpoint(copied_run, "biart")["progress"]["step"]
     assert 20 <= step < 150 and f"biart stopped at step {step} and saved" in printed
-    assert process.returncode == 128 + signal.SIGTERM if launcher is not TORCHRUN else process.returncode
+    assert process.returncode if launcher is TORCHRUN else process.returncode == 128 + signal.SIGTERM
     run(*launcher, "train.py", "--out_dir", copied_run, "--resume")
     assert_equal_runs(whole, copied_run, "biart")
 
@@ -2076,8 +1925,8 @@ def test_a_second_signal_ends_at_once(monkeypatch):
         signal.raise_signal(signal.SIGINT)
     assert codes == [128 + signal.SIGINT]
 
-@pytest.mark.slow
-def test_accumulating_and_recomputing_change_no_loss(copied_run, tmp_path):
+@slow
+def test_accumulating_and_recomputing(copied_run, tmp_path):
     def biart(*given):
         train_in(copied_run, *MINIATURE, "--stage=biart", "--overwrite", *given)
         return losses(copied_run, "biart")
@@ -2087,10 +1936,10 @@ def test_accumulating_and_recomputing_change_no_loss(copied_run, tmp_path):
     assert biart("--dropout=0.3") == biart("--dropout=0.3", "--checkpoint_activations")
     whole = biart(*STEADY, "--batch_size=8")
     parts = biart(*STEADY, "--batch_size=4", "--gradient_accumulation_steps=2")
-    assert parts == pytest.approx(whole, rel=1e-4)
+    assert parts == approx(whole, rel=1e-4)
 
-@pytest.mark.slow
-def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypatch):
+@slow
+def test_infinite_steps_are_skipped(tmp_path, monkeypatch):
     plain, factors = train.AugVAEObjective.forward, iter([1, torch.nan, torch.inf, 1, 1, 1])
 
     def forward(self, images):
@@ -2104,13 +1953,15 @@ def test_steps_without_a_finite_loss_are_skipped_and_counted(tmp_path, monkeypat
     assert [math.isfinite(float(row["loss"])) for row in log] == [True, False, False, True, True, True]
     assert all(x.isfinite().all() for x in model.values())
     assert model["codebook.updates"] == 4  # a skipped step does not move the codebook
-    with pytest.raises(ValueError, match="20 steps in a row, up to step 70,.*a.pt"):
-        train.count_step(train.Progress(step=69, skipped_in_a_row=19), False, "a.pt")
+    with raises(ValueError, match="20 steps in a row, up to step 70,"):
+        train.Progress(step=69, skipped_in_a_row=19).count(finite=False)
 
-@pytest.mark.slow
-def test_a_full_disk_ends_the_run_and_loses_nothing(copied_run):
+@slow
+def test_a_full_disk_loses_nothing(copied_run):
+    for later in ("augvae_sl.pt", "biart.pt"):  # else augvae_ml may not be trained on
+        (copied_run / later).unlink()
     before = {path: path.read_bytes() for path in copied_run.glob("*.pt*")}
-    blocks = (copied_run / "augvae_ml.pt").stat().st_size // 1024 // 2  # half a checkpoint can be written
+    blocks = (copied_run / "augvae_ml.pt").stat().st_size // 1024 // 2
     printed = run("bash", "-c", f"ulimit -f {blocks}; exec {sys.executable} train.py --out_dir {copied_run} "
                   "--resume --max_iters=6 --stage=augvae_ml", ok=False)
     assert "could not be written" in printed and "Traceback" not in printed
@@ -2118,9 +1969,9 @@ def test_a_full_disk_ends_the_run_and_loses_nothing(copied_run):
     train_in(copied_run, "--resume", "--max_iters=6", "--stage=augvae_ml")
     assert checkpoint(copied_run, "augvae_ml")["progress"]["step"] == 6
 
-@pytest.mark.slow
+@slow
 @has_namespaces
-def test_released_weights_and_given_tokenizers_in_runs(tmp_path):
+def test_released_weights_in_runs(tmp_path):
     ml, sl = (str(released_file(tmp_path / f"{side}.ckpt", RELEASED, side)) for side in (0, 8))
     vocabulary = str(tmp_path / "words.json")
     Tokenizer.train(data.Scenes("train", 9).captions(3), 300).save(vocabulary)
@@ -2141,11 +1992,23 @@ def test_released_weights_and_given_tokenizers_in_runs(tmp_path):
             ("is an AugVAE-ML", "--stage=biart", f"--init_from={ml}"),
             ("is an AugVAE-SL", "--stage=augvae_ml", f"--init_from={sl}"),
             ("--hidden 8 contradicts .*0.ckpt", "--stage=augvae_ml", f"--init_from={ml}", "--hidden=8")):
-        with pytest.raises(ValueError, match=message):
+        with raises(ValueError, match=message):
             go("refused", *given)
 
-@pytest.mark.slow
-def test_bad_checkpoints_are_refused(finished, copied_run):
+@slow
+def test_fine_tuning_begins_with_another_run(finished, tmp_path):
+    given = "--stage=biart", f"--init_biart={finished[0]}", "--n_scenes=8", "--eval_images=4", "--device=cpu"
+    train_in(tmp_path, *given, "--batch_size=4", "--max_iters=0")
+    for name in ("augvae_sl.pt", "tokenizer.json"):
+        assert (tmp_path / name).read_bytes() == (finished[0] / name).read_bytes()
+    model = checkpoint(tmp_path, "biart")["model"]
+    for name, value in checkpoint(finished[0], "biart")["model"].items():
+        assert equal(model[name], value), name
+    with raises(ValueError, match="--n_embd 32 contradicts"):
+        train_in(tmp_path / "new", *given, "--n_embd=32")
+
+@slow
+def test_runs_refuse_bad_checkpoints(finished, copied_run):
     content = checkpoint(copied_run, "augvae_sl")
     content["model"]["encoders.0.conv_in.bias"].add_(1)
     torch.save(content, copied_run / "vae.pt")
@@ -2156,27 +2019,26 @@ def test_bad_checkpoints_are_refused(finished, copied_run):
     def attempt(message, name, content, main, *given):
         for path in ("augvae_sl.pt", "biart.pt", "tokenizer.json"):
             (copied_run / path).write_bytes(content if path == name else files[path])
-        with pytest.raises(ValueError, match=message) as info:
+        with raises(ValueError, match=message) as info:
             main(["--out_dir", str(copied_run), *given])
         assert "\n" not in str(info.value)
 
     resume = train.main, "--resume", "--stage=biart"
-    for use in (resume, (sample_module.main, "--prompt=a", "--device=cpu")):
-        attempt("not a whole checkpoint.*copy .*biart_best.pt", "biart.pt", files["biart.pt"][:3000], *use)
-        attempt(r"asks to run (os|posix|nt)\.system", "biart.pt", files["payload.pt"], *use)
+    for use in (resume, (sample.main, "--prompt=a", "--device=cpu")):
+        attempt(r"asks to run \w+\.system", "biart.pt", files["payload.pt"], *use)
         attempt("of augvae_sl, not of biart", "biart.pt", files["vae.pt"], *use)
         attempt("(?i)another augvae", "augvae_sl.pt", files["vae.pt"], *use)
         attempt("another tokenizer", "tokenizer.json", files["words.json"], *use)
     attempt("another config", "", b"", *resume, "--n_embd=32")
     attempt("--optimizer is not the one", "", b"", *resume, "--optimizer=adamw")
-    # The way out that a damaged checkpoint's sentence names
+    # The way out of a damaged checkpoint
     shutil.copy(copied_run / "biart_best.pt", copied_run / "biart.pt")
     train_in(copied_run, "--resume", "--stage=biart")
     assert_equal_runs(copied_run, finished[0], "biart")
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_bench_times_a_step_of_each_stage(stage, tmp_path, capsys, monkeypatch):
+@slow
+@mark.parametrize("stage", train.STAGES)
+def test_bench_of_training(stage, tmp_path, capsys, monkeypatch):
     if stage != "biart":  # one measures it
         monkeypatch.setattr(train.Context, "peak_flops", lambda self: 1e9)
     train_in(tmp_path / "out", *SMALL, f"--stage={stage}", "--bench", "--dtype=bfloat16")
@@ -2184,38 +2046,38 @@ def test_bench_times_a_step_of_each_stage(stage, tmp_path, capsys, monkeypatch):
                       r"matrix products, ([\d.]+) GB at most, bfloat16", capsys.readouterr().out)
     assert float(found[2]) > 0 and (stage == "biart" or int(found[3]) > 0) and not (tmp_path / "out").exists()
 
-# -----------------------------------------------------------------------------
-# Settings, schedule, optimizer, device
-
-def test_settings_are_typed_layered_and_documented(capsys):
+def test_settings_are_documented(capsys):
     given = train.parse(["--levels", "10,5", "--learning_rate=0.5", "--resume", "--attention", "false"], "",
                         *train.CONFIGS)
     assert given == {"levels": (10, 5), "learning_rate": 0.5, "resume": True, "attention": False}
     config, preset = train.make_settings(given, "biart").train, train.PRESETS["tiny"]
     assert config.learning_rate == 0.5 and config.batch_size == preset["biart"]["batch_size"]
     assert config.token_grid == preset[""]["token_grid"] and config.grad_clip == 1
-    known = {f.name for cls in train.CONFIGS for f in dataclasses.fields(cls) if not f.metadata}
+    known = {f.name for cls in train.CONFIGS for f in fields(cls) if not f.metadata}
     for name, preset in train.PRESETS.items():
         assert all(set(values) <= known for values in preset.values())
         for stage in train.STAGES:
             train.make_settings({"preset": name}, stage)
-    for argument, message in [("--max_iter=3", "unknown setting --max_iter=3 (did you mean --max_iters?)"),
+    for argument, message in [("--max_iter=3", "unknown setting --max_iter=3: try --max_iters"),
                               ("--levels=8,x", "--levels: invalid whole_numbers value: '8,x'")]:
-        with pytest.raises(SystemExit):
+        with raises(SystemExit):
             train.main([argument])
         assert message in capsys.readouterr().err
-    for cls in (*train.CONFIGS, sample_module.SampleConfig):
-        with pytest.raises(SystemExit):
+    for cls in (*train.CONFIGS, sample.SampleConfig):
+        with raises(SystemExit):
             train.parse(["--help"], "What it does", cls)
         printed = capsys.readouterr().out
         described = dict(re.findall(r"\n  --(\w+) (.*?)(?=\n  --|\n\n|$)", printed, re.DOTALL))
-        fields = {f.name: f.default for f in dataclasses.fields(cls) if not f.metadata}
-        assert set(described) == set(fields)
-        for name, default in fields.items():
+        defaults = {f.name: f.default for f in fields(cls) if not f.metadata}
+        assert set(described) == set(defaults)
+        assert set(cls.limits) == {name for name, x in defaults.items() if type(x) in (int, float)}
+        for name, (low, high) in cls.limits.items():
+            assert low <= defaults[name] <= high, name
+        for name, default in defaults.items():
             text = " ".join(described[name].split())
             assert len(text) > 12 and text.endswith(f"[{default}]"), text
 
-def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path):
+def test_bad_settings_are_refused(tmp_path):
     (tmp_path / "augvae_ml.pt").write_bytes(b"")
     for message, *given in [
             ("--stage 'gan' is none of: augvae_ml, augvae_sl, biart, all", "--stage=gan"),
@@ -2228,17 +2090,17 @@ def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_pat
             ("augvae_ml.pt exists: --resume continues it", f"--out_dir={tmp_path}"),
             ("--device 'tpu' cannot be used here", "--device=tpu"),
             ("--dtype float16 cannot be used on cpu", "--dtype=float16")]:
-        with pytest.raises(ValueError, match=re.escape(message)):
+        with raises(ValueError, match=re.escape(message)):
             train.main([*MINIATURE, f"--out_dir={tmp_path}/new", *given])
     assert os.listdir(tmp_path) == ["augvae_ml.pt"]
 
 def test_learning_rate_schedule():
     config = train.TrainConfig(learning_rate=1.0, warmup_iters=10)
     rates = [train.get_lr(step, config, 110) for step in (0, 8, 9, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 0.9, 1, 1, 0.505, 0.01])
+    assert rates == approx([0.1, 0.9, 1, 1, 0.505, 0.01])
 
 def orthogonalise_by_svd(matrix):
-    """What five Newton-Schulz steps do to singular values: s -> 3.4445 s - 4.775 s^3 + 2.0315 s^5."""
+    """What five Newton-Schulz steps do to singular values."""
     u, s, v = torch.linalg.svd(matrix / matrix.norm(), full_matrices=False)
     for _ in range(5):
         s = 3.4445 * s - 4.775 * s ** 3 + 2.0315 * s ** 5
@@ -2246,7 +2108,6 @@ def orthogonalise_by_svd(matrix):
     return u * s @ v
 
 def test_muon_adamw_equals_a_plain_loop():
-    torch.manual_seed(0)
     model = nn.ModuleDict({"wide": nn.Linear(6, 3), "tall": nn.Linear(2, 5), "conv": nn.Conv2d(2, 4, 3),
                            "embedding": nn.Embedding(4, 3), "norm": nn.LayerNorm(3)})
     config, context = train.TrainConfig(optimizer="muon", weight_decay=0.3), train.Context("cpu", "float32")
@@ -2270,34 +2131,32 @@ def test_muon_adamw_equals_a_plain_loop():
         optimizer.step()
         adamw.step()
     for name, p in model.named_parameters():
-        assert torch.allclose(p, plain[name], rtol=0, atol=1e-5 if name in momentum else 1e-7), name
+        assert allclose(p, plain[name], rtol=0, atol=1e-5 if name in momentum else 1e-7), name
     # A resumed optimizer takes the settings given now
     saved = {"optimizer": optimizer.state_dict(), "scaler": {}}
-    config = dataclasses.replace(config, beta2=0.7)
+    config = replace(config, beta2=0.7)
     resumed, _ = train.make_optimizer(model, config, context, saved)
     assert [group["betas"] for group in resumed.param_groups] == [(0.9, 0.7)] * 3
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_device_and_the_type_are_chosen(monkeypatch):
+@mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_device_and_type_are_chosen(monkeypatch):
     context = train.Context("auto", "auto")
     assert (context.device.type, context.dtype) == ("cpu", torch.float32)
     monkeypatch.setitem(sys.modules, "resource", None)  # Windows
     assert math.isnan(context.peak_gb())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ValueError, match="--device 'cuda:0' cannot be used here"):
+    with raises(ValueError, match="--device 'cuda:0' cannot be used here"):
         train.Context("auto", "auto")
-    # Cards before Ampere emulate bfloat16, and torch 2.6 and later call that support
-    for emulated, dtype in ((True, "float16"), (False, "bfloat16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
-                            lambda including_emulation=True, no=emulated: including_emulation or not no)
+    for capability, dtype in (((7, 5), "float16"), ((8, 0), "bfloat16")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
         assert train.best_dtype(torch.device("cuda")) == dtype
 
-@pytest.mark.slow
+@slow
 def test_imports_are_quiet_and_one_way():
     """Tiny numbers count as zero, also on threads, which begin after Context."""
     job = """
-import sys, torch, augvae, biart, tokenizer, data
-assert not {"train", "sample"} & set(sys.modules)
+import sys, torch, biart, data
+assert "train" not in sys.modules
 import train
 assert "sample" not in sys.modules
 train.Context("cpu", "float32")
@@ -2307,11 +2166,8 @@ print((torch.full((2 ** 22,), 1e-38) * 0.1).count_nonzero().item())
 """
     assert run(sys.executable, "-c", job, OMP_NUM_THREADS="2").strip() == "0"
 
-# -----------------------------------------------------------------------------
-# Two ranks, by gloo
-
 def train_on_a_rank(out):
-    """All stages. Each rank prints its codebook after each update."""
+    """All stages, by gloo. Ranks print their codebooks after each update."""
     update = Codebook.update
 
     def told(self):
@@ -2319,48 +2175,45 @@ def train_on_a_rank(out):
         print(f"codebook {os.environ['RANK']} {augvae.fingerprint(self)}\n", end="", flush=True)
         return found
     Codebook.update = told
-    train.main([*MINIATURE, *STEADY, "--locality=0", "--out_dir", out, "--batch_size=2", "--max_iters=3"])
-    os._exit(0)  # as the command does
+    train.main([*MINIATURE, *STEADY, "--out_dir", out, "--batch_size=2", "--max_iters=3"])
+    os._exit(0)
 
-@pytest.mark.slow
-@pytest.mark.old_torch
-def test_two_ranks_train_as_one_with_twice_the_batch(tmp_path):
+@slow
+@old_torch
+def test_two_ranks_train_as_one(tmp_path):
     out, alone = tmp_path / "out", tmp_path / "alone"
     code = f"import signal, {__name__} as t; signal.alarm(100); t.train_on_a_rank({str(out)!r})"
     printed = run(*TORCHRUN, "--no-python", sys.executable, "-c", code)
     first, second = (re.findall(rf"codebook {rank} (\w+)", printed) for rank in (0, 1))
-    assert first == second and len(set(first)) == 6  # equal to the last bit after every step
+    assert first == second and len(set(first)) == 6
     for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):
-        if before:  # both from the very same model
+        if before:
             shutil.copy(out / before, alone)
-        locality = [] if stage == "biart" else ["--locality=0"]
-        train_in(alone, *MINIATURE, *STEADY, *locality, f"--stage={stage}", "--max_iters=3", "--overwrite")
+        train_in(alone, *MINIATURE, *STEADY, f"--stage={stage}", "--max_iters=3", "--overwrite")
         together, single = checkpoint(out, stage), checkpoint(alone, stage)
         assert together["progress"]["samples"] == single["progress"]["samples"] == 12
         for name, value in together["model"].items():
-            assert torch.allclose(value, single["model"][name], rtol=1e-4, atol=1e-4), (stage, name)
-        assert losses(out, stage) == pytest.approx(losses(alone, stage), rel=1e-4)
+            assert allclose(value, single["model"][name], rtol=1e-4, atol=1e-4), (stage, name)
+        assert losses(out, stage) == approx(losses(alone, stage), rel=1e-4)
     # What two ranks began, one continues
     for folder in (out, alone):
         train_in(folder, "--resume", "--stage=biart", "--batch_size=4", "--max_iters=6")
-    assert losses(out, "biart") == pytest.approx(losses(alone, "biart"), rel=1e-4)
+    assert losses(out, "biart") == approx(losses(alone, "biart"), rel=1e-4)
 
 # -----------------------------------------------------------------------------
 # CUDA without a GPU
 #
-# Tensors on "cuda" are fake: shapes and types without values. What comes from there to the CPU is zeros. So
-# the real commands run, each in a process with a CUDA runtime that does nothing; what CUDA or NCCL would
-# refuse is refused.
+# Tensors on "cuda" are fake: shapes and types without values. What comes from there to the CPU is zeros. The
+# real commands run, in a process with a CUDA runtime that does nothing. What CUDA or NCCL refuse is refused.
 
 CUDA_RUNTIME = """
-#define NOTHING(name) int name() { return 0; }
-#define GIVES(name, type, value) int name(type *out) { *out = value; return 0; }
-NOTHING(cudaGetLastError) NOTHING(cudaPeekAtLastError) NOTHING(cudaDeviceSynchronize) NOTHING(cudaStreamQuery)
-NOTHING(cudaStreamSynchronize) NOTHING(cudaStreamWaitEvent) NOTHING(cudaStreamGetPriority)
-NOTHING(cudaEventQuery) NOTHING(cudaEventRecord) NOTHING(cudaEventSynchronize) NOTHING(cudaEventDestroy)
-NOTHING(cudaEventRecordWithFlags) GIVES(cudaGetDeviceCount, int, 8) GIVES(cudaDeviceGetAttribute, int, 8)
-GIVES(cudaEventCreate, long, 1) GIVES(cudaEventCreateWithFlags, long, 1)
-GIVES(cudaStreamCreateWithPriority, long, 1)
+#define NOTHING(name) int cuda##name() { return 0; }
+#define GIVES(name, type, value) int cuda##name(type *out) { *out = value; return 0; }
+NOTHING(GetLastError) NOTHING(PeekAtLastError) NOTHING(DeviceSynchronize) NOTHING(StreamQuery)
+NOTHING(StreamSynchronize) NOTHING(StreamWaitEvent) NOTHING(StreamGetPriority) NOTHING(EventQuery)
+NOTHING(EventRecord) NOTHING(EventSynchronize) NOTHING(EventDestroy) NOTHING(EventRecordWithFlags)
+GIVES(GetDeviceCount, int, 8) GIVES(DeviceGetAttribute, int, 8) GIVES(EventCreate, long, 1)
+GIVES(EventCreateWithFlags, long, 1) GIVES(StreamCreateWithPriority, long, 1)
 static __thread int device;
 int cudaSetDevice(int index) { device = index; return 0; }
 int cudaGetDevice(int *index) { *index = device; return 0; }
@@ -2379,19 +2232,18 @@ def places(indices):
 
 class PretendedCUDA(TorchDispatchMode):
     """Every operation on tensors of "cuda" passes through here, and on to PyTorch's fake tensors."""
-    aten = torch.ops.aten
     by_value = {  # operations that look at values
         aten._local_scalar_dense.default: lambda x: {torch.long: 1, torch.bool: 0}.get(x.dtype, -1.0),
         aten.nonzero.default: lambda x: x.new_empty(x.numel() // 2, x.dim(), dtype=torch.long),
         aten.rand.generator: lambda size, generator, **given: torch.empty(size, **given),  # for old torch
-        aten.index.Tensor: lambda x, at: torch.ops.aten.index(x, places(at)),
-        aten.index_put_.default: lambda x, at, *rest: torch.ops.aten.index_put_(x, places(at), *rest)}
+        aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
+        aten.index_put_.default: lambda x, at, *rest: aten.index_put_(x, places(at), *rest)}
 
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.capturing = False
-        self.seen = Counter()  # what happened how often
+        self.seen = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -2429,7 +2281,8 @@ def pretend_cuda(world=1):
     cuda.is_available = cuda.is_initialized = cuda.is_bf16_supported = lambda *_, **__: True
     cuda._initialized, cuda._lazy_init = True, lambda: None
     cuda.device_count, cuda.current_device = lambda: 8, lambda: int(os.environ["LOCAL_RANK"])
-    cuda.set_device = torch._utils._get_device_index  # the check that the real one begins with
+    cuda.get_device_capability = lambda *_: (8, 8)
+    cuda.set_device = torch._utils._get_device_index  # which the real one begins with
     cuda.synchronize = cuda.set_stream = cuda.manual_seed_all = lambda *_: None
     cuda.max_memory_allocated = lambda *_: 2 ** 30
     fake_tensor.init_gpu_context = fake_tensor.init_cuda_context = lambda *_: None
@@ -2453,7 +2306,7 @@ def pretend_cuda(world=1):
         yield
         mode.capturing = False
     cuda.get_rng_state, cuda.set_rng_state, cuda.graph = rng_state, rng_state, graph
-    cuda.CUDAGraph = lambda: argparse.Namespace(replay=lambda: mode.seen.update(["replay"]))
+    cuda.CUDAGraph = lambda: Namespace(replay=lambda: mode.seen.update(["replay"]))
     pretend_nccl(world)
     mode.__enter__()
     return mode
@@ -2483,11 +2336,11 @@ def pretend_nccl(world):
     DDP.__init__, DDP.forward = init, lambda self, *given: self.module(*given)
     nn.utils.clip_grad_norm_, data.cache_tokens = clip_grad_norm_, alone
 
-@pytest.fixture(scope="session")
+@fixture(scope="session")
 def on_cuda(tmp_path_factory):
-    """on_cuda(function, *arguments): calls a function of this file in a process with a CUDA runtime."""
+    """Calls a function of this file in a process with a CUDA runtime."""
     if torch.version.cuda is None or not shutil.which("cc"):
-        pytest.skip("needs a CUDA build of PyTorch and a C compiler")
+        skip("needs a CUDA build of PyTorch and a C compiler")
     folder = tmp_path_factory.mktemp("cuda")
     library = folder / "libcuda.so.1"
     (folder / "runtime.c").write_text(CUDA_RUNTIME)
@@ -2498,118 +2351,124 @@ def on_cuda(tmp_path_factory):
         return run(sys.executable, "-c", f"{code}; os._exit(0)", LD_PRELOAD=str(library))
     return call
 
-def train_on_cuda(out, world):
-    """All stages. One GPU: with graphs, which activation checkpointing allows; of 8: without, and resumed."""
-    mode = pretend_cuda(world)
-    given = [*SMALL, "--device=cuda", "--out_dir", out, "--batch_size=8", "--eval_images=8"]
-    if world == 1:
-        train.main([*given, "--optimizer=adamw", "--max_iters=2", "--checkpoint_activations"])
+def work_on_cuda(out, world, picture):
+    """All stages, on one GPU with graphs, and every use of sample.py; on 8 without graphs, and resumed."""
+    mode, device = pretend_cuda(world), ["--device=cuda", f"--out_dir={out}"]
+    given = [*SMALL, "--image_size=16", "--ch_mult=1,1,2", "--batch_size=8", "--eval_images=8", *device]
+    if world > 1:
+        torch.cuda.CUDAGraph = lambda: torch.ones(1).view(2)  # a RuntimeError
+        for stage in train.STAGES:
+            train.main([*given, f"--stage={stage}", "--dtype=bfloat16", "--max_iters=1"])
+            train.main([*given, f"--stage={stage}", "--dtype=float16", "--max_iters=2", "--resume"])
         return mode.seen
-    torch.cuda.CUDAGraph = lambda: torch.ones(1).view(2)  # a RuntimeError, as on a device without them
-    train.main([*given, "--dtype=bfloat16", "--max_iters=1"])
-    train.main([*given, "--dtype=float16", "--max_iters=2", "--resume"])
+    train.main([*given, "--optimizer=adamw", "--max_iters=2", "--checkpoint_activations"])
+    for use in ([f"--image={picture}", "--beam=3"], [f"--image={picture}", "--keep_rows=2", "--variations"],
+                ["--prompt=a cross", "--guidance=2", "--rerank=3"], [f"--reconstruct={picture}"],
+                ["--eval", "--eval_items=2"]):
+        sample.main([*device, "--n=2", *use])
     return mode.seen
 
-@pytest.mark.slow
-@pytest.mark.parametrize("world", [1, pytest.param(8, marks=pytest.mark.old_torch)])
-def test_all_stages_train_resume_and_paint_on_cuda(world, on_cuda, tmp_path):
-    printed = on_cuda(train_on_cuda, str(tmp_path), world)
+@slow
+@old_torch
+@mark.parametrize("world", [1, 8])
+def test_all_stages_and_uses_on_cuda(world, on_cuda, pictures, tmp_path):
+    out = tmp_path / "out"
+    printed = on_cuda(work_on_cuda, str(out), world, str(pictures / "0.png"))
     for stage in train.STAGES:
-        assert checkpoint(tmp_path, stage)["progress"]["step"] == 2 and f"{stage} 2/2 loss" in printed
+        assert checkpoint(out, stage)["progress"]["step"] == 2 and f"{stage} 2/2 loss" in printed
     assert f"cuda:{3 if world > 1 else 0}" in printed
-    assert ("'replay'" in printed) == (world == 1) == ("no CUDA graphs here" not in printed)
+    for what in ("'replay'", "paint: a cross", "t2i_bits"):
+        assert (what in printed) == (world == 1)
+    assert ("no CUDA graphs here" in printed) == (world > 1)
 
 # -----------------------------------------------------------------------------
 # sample.py: what users do with a run
 
 PROMPT = "a small red circle above a large blue square"
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def loaded(finished):
-    """The miniature run, as Python loads it."""
-    return sample_module.load(str(finished[0]))
+    return sample.load(str(finished[0]))
 
-@pytest.fixture
-def sample(finished, tmp_path, capfd):
-    """sample(*arguments) runs sample.py -> what it printed, its list of samples, the folder they are in."""
+@fixture
+def made_by(finished, tmp_path, capfd):
+    """Runs sample.py -> what it printed, its list of samples, the folder they are in."""
     def call(*arguments):
         where = tmp_path / f"made_{len(os.listdir(tmp_path))}"
-        sample_module.main([str(a) for a in ("--out_dir", finished[0], "--save_dir", where, *arguments)])
-        samples = json.loads((where / "samples.json").read_text(encoding="utf-8"))["samples"]
+        sample_in(finished[0], "--save_dir", where, *arguments)
+        samples = json.loads((where / "samples.json").read_text())["samples"]
         for entry in samples:
             assert Image.open(where / entry["file"]).size == (64, 64)
         return "".join(capfd.readouterr()), samples, where
     return call
 
-@pytest.fixture
+def scenes(n):
+    return [data.Scenes("val", n).image(i) for i in range(n)]
+
+@fixture
 def pictures(tmp_path):
-    """A folder with three pictures and two text files, of which one is named .png."""
+    """A folder of three pictures and two texts, one named .png."""
     folder = tmp_path / "pictures"
     folder.mkdir()
-    (folder / "notes.txt").write_text("no picture")
-    shutil.copy(folder / "notes.txt", folder / "broken.png")
-    for i in range(3):
-        data.Scenes("val", 3).image(i).save(folder / f"{i}.png")
+    for name in ("notes.txt", "broken.png"):
+        (folder / name).write_text("no picture")
+    for i, image in enumerate(scenes(3)):
+        image.save(folder / f"{i}.png")
     return folder
 
-@pytest.mark.slow
-def test_prompts_are_painted_and_both_directions_shown(sample, tmp_path):
-    printed, samples, where = sample("--n=3")
+@slow
+def test_prompts_are_painted(made_by, tmp_path):
+    printed, samples, where = made_by("--n=3")
     assert "paint:" in printed and "it says:" in printed and Image.open(where / "samples.png").width > 300
     assert len(samples) == 6 and len(samples[-1]["references"]) == 6
-    printed, samples, where = sample("--n=2", "--prompt", "red circle " * 40, "--rerank=5")
+    printed, samples, where = made_by("--n=2", "--prompt", "red circle " * 40, "--rerank=5")
     assert "was cut" in printed and Image.open(where / "painted.png").height > 64 and len(samples) == 2
     assert sorted(os.listdir(where)) == ["painted.png", "painted_0.png", "painted_1.png", "samples.json"]
-    first, second = (0.2 * entry["scores"]["forward"] + 0.8 * entry["scores"]["reverse"] for entry in samples)
+    first, second = (0.2 * x["scores"]["forward"] + 0.8 * x["scores"]["reverse"] for x in samples)
     assert first >= second
     (tmp_path / "prompts.txt").write_text(f"{PROMPT}\n\n  two crosses \n", encoding="utf-8")
-    _, samples, _ = sample("--prompts", tmp_path / "prompts.txt", "--n=2", "--rerank=1")
+    _, samples, _ = made_by("--prompts", tmp_path / "prompts.txt", "--n=2", "--rerank=1")
     assert [entry["prompt"] for entry in samples] == [PROMPT, PROMPT, "two crosses", "two crosses"]
     assert [entry["seed"] for entry in samples] == [0, 1, 1000, 1001]
 
-@pytest.mark.slow
-def test_pictures_are_captioned_repainted_and_reconstructed(sample, pictures):
+@slow
+def test_pictures_are_captioned(made_by, pictures):
     first, second = pictures / "0.png", pictures / "1.png"
-    printed, samples, _ = sample("--image", pictures, first, "--n=3", "--prefix=there is a")
+    printed, samples, _ = made_by("--image", pictures, first, "--n=3", "--prefix=there is a")
     assert "broken.png is not an image" in printed and len(samples) == 12
     assert all(entry["caption"].startswith("there is a") for entry in samples)
-    _, samples, _ = sample("--image", first, "--beam=3")
+    _, samples, _ = made_by("--image", first, "--beam=3")
     assert [entry["seed"] for entry in samples] == [None] * 3
-    _, samples, _ = sample("--image", first, second, "--variations", "--n=2")
+    _, samples, _ = made_by("--image", first, second, "--variations", "--n=2")
     assert [entry.get("image") for entry in samples[::3]] == [str(first), str(second)] and len(samples) == 6
-    _, samples, where = sample("--image", first, second, "--prompt=two crosses", "--keep_rows=4", "--n=2")
+    _, samples, where = made_by("--image", first, second, "--prompt=two crosses", "--keep_rows=4", "--n=2")
     made = [Image.open(where / entry["file"]) for entry in samples]
     assert [entry.get("prompt") for entry in samples] == [None, "two crosses", "two crosses"] * 2
     assert not np.array_equal(made[1], made[4])  # they keep rows of different pictures
-    _, samples, where = sample("--reconstruct", first, second)
-    assert len(samples) == 4 and Image.open(where / "reconstructed.png").width == 542  # side by side
+    _, samples, where = made_by("--reconstruct", first, second)
+    assert len(samples) == 4 and Image.open(where / "reconstructed.png").width == 542
 
-@pytest.mark.slow
-def test_a_recorded_seed_makes_the_sample_again(loaded):
-    prompts = [PROMPT, "two crosses", "a cross"]
-    images = [data.Scenes("val", 3).image(i) for i in range(3)]
+@slow
+def test_a_seed_makes_the_sample_again(loaded):
+    prompts, images = [PROMPT, "two crosses", "a cross"], scenes(3)
 
-    def same(a, b):  # up to the rounding of sums, which depends on the batch
+    def same(a, b):  # up to the rounding of sums
         return np.abs(np.asarray(a["picture"], int) - np.asarray(b["picture"], int)).max() <= 1
 
-    painted, captioned = list(loaded.paint_all(prompts, 3)), list(loaded.caption_all(images, 3))
-    for size in (1, 16):  # in other batches
-        again = loaded.with_settings(batch_size=size)
-        for group, others in zip(painted, again.paint_all(prompts, 3)):
-            assert all(map(same, group, others))
-        for group, others in zip(captioned, again.caption_all(images, 3)):
-            assert [record["caption"] for record in group] == [record["caption"] for record in others]
-    record = painted[2][1]
-    alone = next(loaded.with_settings(seed=record["seed"], rerank=1).paint_all(prompts[2:]))[0]
-    assert same(record, alone) and not same(record, painted[2][0])
-    assert record["scores"] == pytest.approx(alone["scores"], abs=2e-3)
-    record = captioned[1][2]
-    again = next(loaded.with_settings(seed=record["seed"], rerank=1).caption_all(images[1:2]))
-    assert record["caption"] == again[0]["caption"]
+    for size in (1, 24):
+        run = loaded.with_settings(batch_size=size)
+        painted, captioned = list(run.paint_all(prompts, 3)), list(run.caption_all(images, 3))
+        record = painted[2][1]
+        [alone] = next(loaded.with_settings(seed=record["seed"], rerank=1).paint_all(prompts[2:]))
+        assert same(record, alone) and not same(record, painted[2][0])
+        assert record["scores"] == approx(alone["scores"], abs=2e-3) and record["seed"] // 1000 == 2
+        record = captioned[1][2]
+        [alone] = next(loaded.with_settings(seed=record["seed"], rerank=1).caption_all(images[1:2]))
+        assert record["caption"] == alone["caption"] and record["seed"] // 1000 == 1
 
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
-def test_reranking_orders_by_the_reverse_direction(share, loaded):
+@slow
+@mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_reranking(share, loaded):
     run = loaded.with_settings(rerank=6, rerank_forward=share)
     texts = run.tokenize([PROMPT, "two crosses"])
     for i, group in enumerate(run.candidates(texts, "image", 1, range(2))):
@@ -2619,60 +2478,52 @@ def test_reranking_orders_by_the_reverse_direction(share, loaded):
             text, image = texts[i:i + 1], record["tokens"][None]
             forward = run.biart.log_likelihood(text, image, "image")[0].item()
             reverse = run.biart.log_likelihood(text, image, "text")[0].item()
-            assert record["scores"] == pytest.approx({"forward": forward, "reverse": reverse}, abs=1e-3)
+            assert record["scores"] == approx({"forward": forward, "reverse": reverse}, abs=1e-3)
             expected.append(share * forward + (1 - share) * reverse)
-        assert expected == pytest.approx(sorted(expected, reverse=True), abs=1e-3)
+        assert expected == approx(sorted(expected, reverse=True), abs=1e-3)
 
-@pytest.mark.slow
-def test_completion_keeps_rows_and_words(loaded):
-    run = loaded.with_settings(keep_rows=5, prefix="the large", rerank=1)
-    images = [data.Scenes("val", 2).image(i) for i in range(2)]
-    codes, _ = run.encode(images)
-    painted = list(run.paint_all(["a cross", "a circle"], 2, images))
-    text = run.tokenize(["a cross", "a circle"])
-    for i, group in enumerate(run.candidates(text, "image", 2, range(2), codes[:, :40])):
+@slow
+def test_completion_keeps_rows(loaded):
+    run, prompts = loaded.with_settings(keep_rows=5, rerank=1), ["a cross", "a circle"]
+    codes, _ = run.encode(scenes(2))
+    painted = list(run.paint_all(prompts, 2, scenes(2)))
+    for i, group in enumerate(run.candidates(run.tokenize(prompts), "image", 2, range(2), codes[:, :40])):
         tokens = torch.stack([record["tokens"] for record in group])
-        assert torch.equal(tokens[:, :40], codes[i, :40].expand(2, -1))
-        assert not torch.equal(tokens[:, 40:], codes[i, 40:].expand(2, -1))
+        assert equal(tokens[:, :40], codes[i, :40].expand(2, -1))
         for x, record in zip(run.decode(tokens), painted[i]):
             assert np.array_equal(data.to_image(x), record["picture"])
-    for group in run.caption_all(images, 4):
-        assert all(record["caption"].startswith("the large") for record in group)
 
-@pytest.mark.slow
-def test_a_run_in_python(loaded, sample, finished, monkeypatch):
-    # it makes what the command makes
-    settings = ["--n=3", "--seed=5", "--rerank=4"]
-    _, _, where = sample("--prompt=a cross", *settings)
-    pictures = loaded.paint("a cross", n=3, seed=5, rerank=4)
+@slow
+def test_a_run_in_python(loaded, made_by, finished, monkeypatch):
+    # it paints what the command paints
+    _, _, where = made_by("--prompt=a cross", "--n=2", "--seed=5", "--rerank=4")
+    pictures = loaded.paint("a cross", n=2, seed=5, rerank=4)
     for i, picture in enumerate(pictures):
         assert np.array_equal(picture, Image.open(where / f"painted_{i}.png"))
-    _, samples, _ = sample("--image", where / "painted_0.png", *settings)
-    assert loaded.caption(pictures[0], n=3, seed=5, rerank=4) == [entry["caption"] for entry in samples]
     # it scores images of any size and mode
     image = pictures[0].convert("P").resize((90, 70))
     text, (codes, _) = loaded.tokenize(["two crosses"]), loaded.encode([image])
     for direction, to in (("t2i", "image"), ("i2t", "text")):
         expected = loaded.biart.log_likelihood(text, codes, to)[0].item()
-        assert loaded.score("two crosses", image)[direction] == pytest.approx(expected, rel=1e-5)
+        assert loaded.score("two crosses", image)[direction] == approx(expected, rel=1e-5)
     # its examples show things that training never did
     assert len(loaded.examples()) == 4
     for caption in loaded.examples():
-        assert any(data.held_out(fact[:3]) for fact in data.parse_caption(caption)), caption
+        assert any(data.held_out(fact[:3]) for fact in parse_caption(caption)), caption
     monkeypatch.setitem(loaded.settings, "data", "coco")
     assert loaded.examples() == []
     # it refuses what does not fit, and its own settings stay
-    with pytest.raises(TypeError, match="temprature"):
+    with raises(TypeError, match="temprature"):
         loaded.paint("a cross", temprature=1)
-    with pytest.raises(ValueError, match="needs keep_rows"):
+    with raises(ValueError, match="needs --keep_rows"):
         loaded.paint("a cross", image=image)
-    assert loaded.config == sample_module.SampleConfig(out_dir=str(finished[0]))
+    assert loaded.config == sample.SampleConfig(out_dir=str(finished[0]))
 
-@pytest.mark.slow
-def test_the_lines_of_python_in_load_and_in_the_readme(finished, monkeypatch, capsys):
+@slow
+def test_lines_of_python_in_load_and_readme(finished, monkeypatch, capsys):
     monkeypatch.chdir(finished[0].parent)  # the run is `out` there
-    names = {"load": sample_module.load}
-    for line in doctest.DocTestParser().get_examples(sample_module.load.__doc__):
+    names = {"load": sample.load}
+    for line in doctest.DocTestParser().get_examples(sample.load.__doc__):
         exec(line.source, names)
     assert len(names["pictures"]) == 4 and len(names["captions"]) == 2 and len(names["completed"]) == 1
     assert names["captions"][0].startswith("there is")
@@ -2680,121 +2531,97 @@ def test_the_lines_of_python_in_load_and_in_the_readme(finished, monkeypatch, ca
     exec(lines, {})
     assert Image.open("painting.png").size == (64, 64) and "t2i" in capsys.readouterr().out
 
-@pytest.mark.slow
-def test_bench_of_a_given_and_of_a_random_model(finished, monkeypatch, capsys):
-    sample_module.main(["--bench", "--device=cpu", "--out_dir", str(finished[0])])
+@slow
+def test_bench_of_decoding(finished, monkeypatch, capsys):
+    sample_in(finished[0], "--bench", "--device=cpu")
     small = BiARTConfig(n_layer=1, n_head=2, n_embd=16, image_side=4)
-    monkeypatch.setattr(sample_module, "BiARTConfig", lambda **_: small)
-    sample_module.main(["--bench", "--device=cpu"])
+    monkeypatch.setattr(sample, "BiARTConfig", lambda **_: small)
+    sample.main(["--bench", "--device=cpu"])
     printed = capsys.readouterr().out
-    found = re.findall(r"batch (\d, guidance \d): [1-9]\d* tokens/s, .* x (\d+) tokens .* float32", printed)
-    ways = "1, guidance 1", "8, guidance 1", "1, guidance 4", "8, guidance 4"
-    assert found == [(way, n_image) for n_image in ("64", "16") for way in ways]
+    found = re.findall(r"batch (\d), guidance (\d): [1-9]\d* tokens/s, .* x (\d+) tokens .* float32", printed)
+    assert found == [(batch, guidance, n) for n in ("64", "16") for guidance in "14" for batch in "18"]
 
-@pytest.mark.slow
+@slow
 def test_a_run_with_clips_vocabulary(finished, tmp_path):
     clip_tokenizer().save(tmp_path / "clip.json")
-    out, vae = f"--out_dir={tmp_path}", finished[0] / "augvae_sl.pt"
-    train.main([*MINIATURE, "--stage=biart", f"--init_from={vae}", "--max_iters=1", out,
-                f"--tokenizer={tmp_path / 'clip.json'}"])
-    sample_module.main([out, f"--vae={vae}", "--n=2"])
+    vae = finished[0] / "augvae_sl.pt"
+    train_in(tmp_path, *MINIATURE, "--stage=biart", f"--init_from={vae}", "--max_iters=1",
+             f"--tokenizer={tmp_path / 'clip.json'}")
+    sample_in(tmp_path, f"--vae={vae}", "--n=2")
     assert checkpoint(tmp_path, "biart")["config"]["text_vocab"] == 49408
 
-@pytest.mark.slow
-def test_bad_uses_are_refused_with_a_sentence(finished, pictures, tmp_path):
+@slow
+def test_bad_uses_are_refused(finished, pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9\n")
-    out, picture = finished[0], ["--image", pictures / "0.png"]
+    picture = "--image", pictures / "0.png"
     for message, *arguments in [
-        ("no file 'absent.txt'", "--prompts=absent.txt"), ("--prompt is empty", "--prompt", " "),
+        ("absent.txt", "--prompts=absent.txt"), ("--prompt is empty", "--prompt", " "),
         ("is empty", "--prompts", tmp_path / "blank.txt"), ("UTF-8", "--prompts", tmp_path / "latin1.txt"),
-        ("no image in the folder", "--image", tmp_path / "empty"), ("needs --image", "--keep_rows=2"),
+        ("empty is not an image or", "--image", tmp_path / "empty"), ("needs --image", "--keep_rows=2"),
         ("broken.png is not an image", "--image", pictures / "broken.png"), ("needs --image", "--prefix=a"),
-        ("absent.png is not an image", "--reconstruct=absent.png"), ("not paint", "--prompt=a", "--beam=3"),
+        ("no file absent.png", "--reconstruct=absent.png"), ("not paint", "--prompt=a", "--beam=3"),
         ("8 is not in 1 to 7", *picture, "--prompt=a", "--keep_rows=8"),
         ("needs --keep_rows", *picture, "--prompt=a"), ("needs --prompt or", *picture, "--keep_rows=2"),
         ("a whole caption at most", *picture, "--prefix", "red circle " * 40),
         ("different uses", "--prompt=a", "--eval"), ("different uses", "--serve", "--export=x"),
-        ("both choose", *picture, "--beam=3", "--rerank=2"), ("--top_k", *picture, "--beam=3", "--top_k=5"),
+        ("leave out --rerank and --top_k", *picture, "--beam=3", "--rerank=2", "--top_k=5"),
         ("--data folder has no captions", "--data=folder", "--val_dir", pictures),
-        ("--n 0 is not in the range from 1 to 1000", "--n=0"), ("--seed -1 is not", "--seed=-1"),
-        ("--temperature nan is not", "--temperature=nan"), ("--dtype 'int8' is none of", "--dtype=int8"),
     ]:
-        with pytest.raises(ValueError, match=message):
-            sample_module.main([f"--out_dir={out}", f"--save_dir={tmp_path}", *map(str, arguments)])
+        with raises((ValueError, OSError), match=message):
+            sample_in(finished[0], f"--save_dir={tmp_path}", *arguments)
     assert "sample.py: --rerank 0 is not in the range from 1 to 1000" in refused("sample.py", "--rerank=0")
 
-def sample_on_cuda(out, picture):
-    mode, device = pretend_cuda(), "--device=cuda"
-    train.main([*SMALL, "--image_size=16", "--ch_mult=1,1,2", "--max_iters=0", device, f"--out_dir={out}"])
-    for use in ([f"--image={picture}", "--beam=3"], [f"--image={picture}", "--keep_rows=2", "--variations"],
-                ["--prompt=a cross", "--guidance=2", "--rerank=3"], [f"--reconstruct={picture}"],
-                ["--eval", "--eval_items=2"]):
-        sample_module.main([device, f"--out_dir={out}", "--n=2", *use])
-    return mode.seen
-
-@pytest.mark.slow
-@pytest.mark.old_torch
-def test_every_use_of_sample_on_cuda(on_cuda, pictures, tmp_path):
-    printed = on_cuda(sample_on_cuda, str(tmp_path / "out"), str(pictures / "0.png"))
-    assert "paint: a cross" in printed and "'replay'" in printed and "t2i_bits" in printed
-
-@pytest.mark.slow
-def test_an_exported_run_is_the_run(finished, loaded, tmp_path):
-    folder, again = tmp_path / "exported", tmp_path / "again"
-    rounded = sample_module.load(str(finished[0]))
-    sample_module.export(rounded, str(folder))
+@slow
+def test_export(finished, loaded, tmp_path):
+    folder, rounded = tmp_path / "exported", sample.load(str(finished[0]))
+    sample.export(rounded, str(folder))
     assert sorted(os.listdir(folder)) == ["augvae_sl.pt", "biart.pt", "tokenizer.json"]
     for stage in ("augvae_sl", "biart"):
         content = checkpoint(folder, stage)
-        assert "optimizer" not in content and content["settings"]["image_size"] == 64
-        assert str(finished[0]) not in str(content)
-    run = sample_module.load(str(folder))
+        assert "optimizer" not in content and str(finished[0]) not in str(content)
+    run = sample.load(str(folder))
     pictures = run.paint(PROMPT, n=3)
     for picture, expected in zip(pictures, rounded.paint(PROMPT, n=3)):
         assert np.array_equal(picture, expected)
     assert run.caption(pictures[0], n=2) == rounded.caption(pictures[0], n=2)
     scores, before = run.score(PROMPT, pictures[0]), loaded.score(PROMPT, pictures[0])
-    assert scores == pytest.approx(before, rel=1e-3) and scores != before
-    sample_module.main(["--out_dir", str(folder), "--export", str(again)])
-    assert augvae.fingerprint(AugVAE.load(again / "augvae_sl.pt")) == augvae.fingerprint(run.vae)
-    with pytest.raises(ValueError, match="would overwrite the run"):
-        sample_module.main(["--out_dir", str(folder), "--export", f"{again}/../exported"])
-    with pytest.raises(ValueError, match="weights alone: there is nothing to resume"):
-        train.main(["--resume", "--out_dir", str(folder)])
+    assert scores == approx(before, rel=1e-3) and scores != before
+    with raises(ValueError, match="would overwrite the run"):
+        sample_in(folder, "--export", folder / ".." / "exported")
+    with raises(ValueError, match="weights alone: there is nothing to resume"):
+        train_in(folder, "--resume")
 
-@pytest.mark.slow
-def test_the_shipped_weights_have_the_scores_recorded(tmp_path):
-    shipped = pathlib.Path(HERE, "assets", "scenes")
+@slow
+def test_shipped_weights(tmp_path):
+    shipped = Path(HERE, "assets", "scenes")
     assert sum(path.stat().st_size for path in shipped.iterdir()) < 6e6
     recorded = json.loads((shipped / "scores.json").read_text())
-    found = last_json(python("sample.py", "--out_dir", shipped, "--save_dir", tmp_path, "--eval",
-                             "--eval_items", recorded["settings"]["eval_items"]))
-    # other devices round otherwise, and one item may come out differently
-    assert found == pytest.approx(recorded["scores"], rel=0.03, abs=0.03)
+    found = last_json(run(sys.executable, "sample.py", "--out_dir", shipped, "--save_dir", tmp_path, "--eval",
+                          "--eval_items", recorded["settings"]["eval_items"]))
+    assert found == approx(recorded["scores"], rel=0.03, abs=0.03)
 
 # -----------------------------------------------------------------------------
 # README.md
 
-README = pathlib.Path(HERE, "README.md").read_text(encoding="utf-8")
+README = Path(HERE, "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"(?:^|&& )(?:python|torchrun --\S+) (train|sample)\.py([^#&\n]*)",
                       "".join(README.split("```")[1::2]).replace("\\\n", ""), re.MULTILINE)
 
-def test_the_readme_is_short_and_names_what_there_is():
+def test_the_readme_names_what_there_is():
     assert len(README.splitlines()) <= 220 and len(README.split()) <= 1900
     for path in re.findall(r"\]\(([\w/.]+)\)", README):
         assert os.path.exists(os.path.join(HERE, path)), path
     known = {"nproc_per_node", "nnodes", "rdzv_endpoint", "rdzv_backend", "help"}  # of torchrun, of both
-    for config in (*train.CONFIGS, sample_module.SampleConfig):
+    for config in (*train.CONFIGS, sample.SampleConfig):
         known |= set(vars(config()))
-    for name in re.findall(r"--([a-z]\w+)", README + train.__doc__ + sample_module.__doc__):
+    for name in re.findall(r"--([a-z]\w+)", README + train.__doc__ + sample.__doc__):
         assert name in known, name
-    # one command does all the set-up and the main job, another one all of it and the tests
     for command in (" && python train.py && python sample.py", " pytest pytest-xdist && pytest -q -n 2"):
         assert f"\npip install -r requirements.txt{command}\n" in README
 
-@pytest.mark.slow
+@slow
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(os.path.join(HERE, "assets", "scenes"), tmp_path / "assets" / "scenes")
@@ -2805,7 +2632,7 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             if name in ("--train_dir", "--val_dir"):
                 shutil.copytree(images, value, dirs_exist_ok=True)
             elif name in ("--train_captions", "--val_captions"):
-                pathlib.Path(value).parent.mkdir(exist_ok=True)
+                Path(value).parent.mkdir(exist_ok=True)
                 shutil.copy(captions, value)
             elif name == "--tokenizer":
                 Tokenizer.train(["a caption"], 300).save(value)
@@ -2813,18 +2640,18 @@ def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
             small = [word for word in MINIATURE if "max_iters" not in word or "--epochs" not in given]
             train.main([*given, *small, "--workers=0", "--lpips_weight=0"])
         elif "--serve" not in given:
-            sample_module.main([*given, "--eval_items=2", "--device=cpu"])
+            sample.main([*given, "--eval_items=2", "--device=cpu"])
     assert len(COMMANDS) >= 9
 
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("git") is None, reason="git applies the change")
-def test_the_change_in_the_readme_can_be_made(tmp_path):
+@slow
+@mark.skipif(shutil.which("git") is None, reason="git applies the change")
+def test_the_change_in_the_readme(tmp_path):
     for name in ("augvae", "biart", "data", "tokenizer", "train"):
         shutil.copy(os.path.join(HERE, f"{name}.py"), tmp_path)
     diff, = re.findall(r"```diff\n(.*?)```", README, re.DOTALL)
     subprocess.run(["git", "apply", "--recount", "-C1"], cwd=tmp_path, input=diff, text=True, check=True)
     loss = re.search(r"`--loss (\w+)`", README)[1]
-    command = [sys.executable, "train.py", *MINIATURE, "--stage=augvae_ml", "--max_iters=1"]
+    command = [sys.executable, "train.py", *SMALL, "--stage=augvae_ml", "--max_iters=1"]
     subprocess.run([*command, f"--loss={loss}"], cwd=tmp_path, check=True)
     wrong = subprocess.run([*command, "--loss=l3"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert f"--loss 'l3' is none of: l2, l1, {loss}" in wrong.stderr
@@ -2833,7 +2660,7 @@ def test_the_change_in_the_readme_can_be_made(tmp_path):
 # sample.py: metrics, and the scores of a run
 
 def test_pixel_metrics_equal_scikit_image():
-    r = np.random.RandomState(0)
+    r = RandomState(0)
     x = r.uniform(0, 1, (2, 16, 20, 3))
     y = np.clip(x + 0.2 * r.standard_normal(x.shape), 0, 1)
     x[1, :, 8:] = y[1, :, 8:]
@@ -2841,61 +2668,60 @@ def test_pixel_metrics_equal_scikit_image():
     x, y = (torch.from_numpy(z).permute(0, 3, 1, 2).float() for z in (x, y))
     # skimage 0.26: structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
     # data_range=1)
-    found = sample_module.ssim(x, y).tolist()
-    assert found == pytest.approx([0.8583676359885152, 0.02295141904273806], abs=1e-6)
-    found = sample_module.psnr(x, y).tolist()
-    assert found == pytest.approx([15.238565608588463, 8.254377459922488], rel=1e-5)
-    assert sample_module.l1(x, y).tolist() == pytest.approx((x - y).abs().mean((1, 2, 3)).tolist())
-    assert sample_module.ssim(x, x).tolist() == pytest.approx([1, 1])
-    assert sample_module.psnr(x, x).tolist() == [100, 100]
+    found = sample.ssim(x, y).tolist()
+    assert found == approx([0.8583676359885152, 0.02295141904273806], abs=1e-6)
+    found = sample.psnr(x, y).tolist()
+    assert found == approx([15.238565608588463, 8.254377459922488], rel=1e-5)
+    assert sample.ssim(x, x).tolist() == approx([1, 1])
+    assert sample.psnr(x, x).tolist() == [100, 100]
 
-@pytest.fixture(scope="module")
+@fixture(scope="module")
 def inception(tmp_path_factory):
-    """A TORCH_HOME with weights for FID's Inception, made by the rule that the reference values used."""
+    """A TORCH_HOME with weights for FID's network, made by rule."""
     from torchvision.models import inception_v3
     shapes = inception_v3(weights=None, num_classes=1008, aux_logits=False, init_weights=False).state_dict()
     for i, (name, x) in enumerate(shapes.items()):
         if x.dim():
-            r = torch.from_numpy(np.random.RandomState(i).standard_normal(tuple(x.shape)).astype(np.float32))
+            r = torch.from_numpy(RandomState(i).standard_normal(tuple(x.shape)).astype(np.float32))
             positive = name.endswith(("weight", "var"))
             shapes[name] = (r * (2 / x[0].numel()) ** 0.5 if x.dim() > 1 else
                             1 + 0.1 * r.abs() if positive else 0.1 * r)
     home = tmp_path_factory.mktemp("torch_home")
     (home / "hub" / "checkpoints").mkdir(parents=True)
-    torch.save(shapes, home / "hub" / "checkpoints" / sample_module.FID_FILE[0])
+    torch.save(shapes, home / "hub" / "checkpoints" / sample.FID_FILE[0])
     return home
 
-@pytest.mark.slow
+@slow
 def test_fid_equals_pytorch_fid(inception, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(inception))
-    network = sample_module.FIDInception(download=False)
+    network = sample.FIDInception(download=False)
     features = []
     for seed, low, high in ((1, 0, 256), (2, 60, 200)):
-        pixels = np.random.RandomState(seed).randint(low, high, (6, 6, 6, 3)).astype(np.uint8)
+        pixels = RandomState(seed).randint(low, high, (6, 6, 6, 3)).astype(np.uint8)
         features.append(network([Image.fromarray(x).resize((64, 64), Image.BILINEAR) for x in pixels]))
     assert features[0].shape == (6, 2048)
-    # pytorch-fid 0.3.0 with the same weights, on the same pictures as files
+    # pytorch-fid 0.3.0, with the same weights and pictures
     expected = [0.11701524, 0.38984084, 0.0, 0.0, 0.07742107, 0.35763389, 0.27759412]
-    assert features[0][0, ::300].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert features[0][0, ::300].tolist() == approx(expected, rel=1e-4, abs=1e-5)
     found = features[0].mean().item(), features[0].numpy().std()
-    assert found == pytest.approx((0.88425825, 1.16023334), rel=1e-5)
-    assert sample_module.frechet_distance(*features) == pytest.approx(237.80561675471512, rel=1e-5)
+    assert found == approx((0.88425825, 1.16023334), rel=1e-5)
+    assert sample.frechet_distance(*features) == approx(237.80561675471512, rel=1e-5)
 
 def test_frechet_distance_equals_pytorch_fid():
-    r = np.random.RandomState(0)
+    r = RandomState(0)
     a = r.standard_normal((50, 8)) @ r.standard_normal((8, 8))
     b = r.standard_normal((40, 8)) @ r.standard_normal((8, 8)) + 0.5
     a, b = torch.from_numpy(a), torch.from_numpy(b)
-    assert sample_module.frechet_distance(a, b) == pytest.approx(26.481021681034264, rel=1e-9)
-    assert sample_module.frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
-    # fewer samples than dimensions, against the formula with a matrix square root
-    few = sample_module.frechet_distance(a[:3], b[:5])
+    assert sample.frechet_distance(a, b) == approx(26.481021681034264, rel=1e-9)
+    assert sample.frechet_distance(a, a) == approx(0, abs=1e-9)
+    # fewer samples than dimensions
+    few = sample.frechet_distance(a[:3], b[:5])
     cov_a, cov_b = torch.cov(a[:3].T), torch.cov(b[:5].T)
     root = torch.linalg.eigvals(cov_a @ cov_b).real.clamp_min(0).sqrt().sum()
     means = (a[:3].mean(0) - b[:5].mean(0)).square().sum()
-    assert few == pytest.approx((means + cov_a.trace() + cov_b.trace() - 2 * root).item(), rel=1e-5)
-    with pytest.raises(ValueError, match="at least 2 images, not 1 and 40"):
-        sample_module.frechet_distance(a[:1], b)
+    assert few == approx((means + cov_a.trace() + cov_b.trace() - 2 * root).item(), rel=1e-5)
+    with raises(ValueError, match="at least 2 images, not 1 and 40"):
+        sample.frechet_distance(a[:1], b)
 
 def test_caption_metrics_equal_pycocoevalcap():
     said = ["a dog runs on the grass", "two men ride a red bike down the street", "a cat", "the the the the"]
@@ -2906,18 +2732,16 @@ def test_caption_metrics_equal_pycocoevalcap():
     said, references = [s.split() for s in said], [[r.split() for r in others] for others in references]
     # pycocoevalcap 1.2: Bleu(4), Rouge(), Cider()
     expected = [0.784318099699277, 0.5656471679021834, 0.34944481658187443, 4.385543619059521e-05]
-    assert sample_module.bleu(said, references) == pytest.approx(expected, rel=1e-9)
-    assert sample_module.rouge_l(said, references) == pytest.approx(0.6370244983879116, rel=1e-9)
-    assert sample_module.cider_d(said, references) == pytest.approx(1.7065427774416457, rel=1e-9)
-
-def test_caption_scores_of_perfect_and_of_empty_captions():
+    assert sample.bleu(said, references) == approx(expected, rel=1e-9)
+    assert sample.rouge_l(said, references) == approx(0.6370244983879116, rel=1e-9)
+    assert sample.cider_d(said, references) == approx(1.7065427774416457, rel=1e-9)
     references = [["A dog runs on the grass.", "the dog is running"], ["Two men ride a bike!"]]
-    perfect = sample_module.caption_scores([others[0] for others in references], references)
-    assert perfect["bleu4"] == pytest.approx(1) and perfect["rouge_l"] == 1 and perfect["cider_d"] > 5
-    nothing = sample_module.caption_scores(["", ""], references)
+    perfect = sample.caption_scores([others[0] for others in references], references)
+    assert perfect["bleu4"] == approx(1) and perfect["rouge_l"] == 1 and perfect["cider_d"] > 5
+    nothing = sample.caption_scores(["", ""], references)
     assert max(nothing.values()) < 1e-4
 
-@pytest.mark.parametrize(("caption", "words"), [
+@mark.parametrize(("caption", "words"), [
     # what Stanford's PTBTokenizer and COCO's list of punctuation give
     ("A dog's ball, isn't it? They've seen 3 dogs; we'll go.",
      "a dog 's ball is n't it they 've seen 3 dogs we 'll go"),
@@ -2929,106 +2753,79 @@ def test_caption_scores_of_perfect_and_of_empty_captions():
     ("end.Start no space,here too\t1,000 x*y 'single'", "end.start no space here too 1,000 x * y single"),
     ("he can't, I cannot (really)", "he ca n't i can not really"), ("...", ""), ("", ""),
 ])
-def test_caption_words_follow_the_coco_convention(caption, words):
-    assert sample_module.caption_words(caption) == words.split()
+def test_caption_words(caption, words):
+    assert sample.caption_words(caption) == words.split()
 
-@pytest.mark.slow
-def test_scores_of_a_run(finished, inception, tmp_path, monkeypatch, capsys):
+@slow
+def test_scores_of_a_run(finished, loaded, inception, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(inception))  # it has FID's weights, but none for LPIPS
-    monkeypatch.setattr(sample_module, "RETRIEVAL_PAIRS", 3)
-    sample_module.main(["--out_dir", str(finished[0]), "--save_dir", str(tmp_path), "--eval",
-                        "--eval_items=4", "--guidance=2", "--rerank=2"])
+    monkeypatch.setattr(sample, "RETRIEVAL_PAIRS", 3)
+    sample_in(finished[0], "--save_dir", tmp_path, "--eval", "--eval_items=4", "--guidance=2", "--rerank=2")
     printed = capsys.readouterr().out
     assert "LPIPS is left out" in printed and "FIDInception is left out" not in printed
     scores = last_json(printed)
     generated = {"bleu1", "bleu2", "bleu3", "bleu4", "rouge_l", "cider_d", "t2i_exact", "i2t_exact", "fid"}
-    expected = {"psnr", "ssim", "l1", "rfid", "codebook_use", "perplexity", "t2i_bits", "i2t_bits",
+    expected = {"psnr", "ssim", "rfid", "codebook_use", "perplexity", "t2i_bits", "i2t_bits",
                 "t2i_recall1", "t2i_recall5", "i2t_recall1", "i2t_recall5"}
     for name in generated:
         expected |= {name, f"{name}_rerank", f"{name}_heldout", f"{name}_rerank_heldout"}
     assert set(scores) == expected
-    assert 0 < scores["codebook_use"] <= 1
-    for name, score in scores.items():
-        if "exact" in name or "recall" in name:
-            assert 0 <= score <= 1
-    assert scores["t2i_recall5"] == 1 and scores["t2i_bits"] > 0 and scores["fid"] > 0
-    recorded = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert scores["t2i_recall5"] == 1 and scores["fid"] > 0
+    recorded = json.loads((tmp_path / "scores.json").read_text())
     assert recorded["scores"] == scores and recorded["settings"]["eval_items"] == 4
+    # A metric that may be downloaded is not left out
+    monkeypatch.setattr(torch.hub, "download_url_to_file", denied)
+    with raises(OSError, match=augvae.VGG_FILE[0]):
+        sample.load_metric(loaded.with_settings(download=True), LPIPS)
 
-def test_a_metric_without_weights_is_left_out(loaded, tmp_path, monkeypatch, capsys):
-    def no_network(*_args, **_kwargs):
-        raise OSError("no network")
-
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    assert sample_module.load_metric(loaded, sample_module.FIDInception) is None
-    assert sample_module.FID_FILE[0] in capsys.readouterr().out
-    with pytest.raises(OSError, match=sample_module.FID_FILE[0]):
-        sample_module.load_metric(loaded.with_settings(download=True), sample_module.FIDInception)
-
-@pytest.mark.slow
-def test_likelihood_scores_against_brute_force(loaded, monkeypatch):
-    monkeypatch.setattr(sample_module, "RETRIEVAL_PAIRS", 7)
-    some = data.validation_subset(data.Scenes("val", 50), 9)
-    scores = sample_module.likelihood_scores(loaded, some)
+@slow
+def test_scores_against_brute_force(loaded, monkeypatch):
+    monkeypatch.setattr(sample, "RETRIEVAL_PAIRS", 7)
+    some = data.Scenes("val", 9)
+    scores = sample.likelihood_scores(loaded, some)
     text = loaded.tokenize([some.captions(i)[i % 6] for i in range(9)])
-    image = loaded.encode([some.image(i) for i in range(9)])[0]
+    image, x = loaded.encode(scenes(9))
+    errors = (loaded.decode(image) - x).double().square().mean((1, 2, 3)) / 4  # of pixels in [0, 1]
+    found = sample.reconstruction_scores(loaded, some)["psnr"]
+    assert found == approx(np.mean([10 * math.log10(1 / error) for error in errors.tolist()]), rel=1e-4)
 
     def log_p(i, j, to):  # of text i and image j
         return loaded.biart.log_likelihood(text[i:i + 1], image[j:j + 1], to)[0].item()
 
     for direction, to, back in (("t2i", "image", "text"), ("i2t", "text", "image")):
-        first, among_five = 0, 0
+        n_better = []  # answers than the right one, for each query
         for query in range(7):
             if direction == "t2i":
                 log_ps = [log_p(query, answer, back) for answer in range(7)]
             else:
                 log_ps = [log_p(answer, query, back) for answer in range(7)]
-            order = sorted(range(7), key=lambda answer, log_ps=log_ps: -log_ps[answer])
-            first += order[0] == query
-            among_five += query in order[:5]
-        assert scores[f"{direction}_recall1"] == first / 7
-        assert scores[f"{direction}_recall5"] == among_five / 7
+            n_better.append(sum(x > log_ps[query] for x in log_ps))
+        for k in (1, 5):
+            assert scores[f"{direction}_recall{k}"] == sum(n < k for n in n_better) / 7
         n_tokens = image.numel() if to == "image" else (text != loaded.tokenizer.pad).sum().item()
         bits = -sum(log_p(i, i, to) for i in range(9)) / math.log(2) / n_tokens
-        assert scores[f"{direction}_bits"] == pytest.approx(bits, rel=1e-4)
+        assert scores[f"{direction}_bits"] == approx(bits, rel=1e-4)
 
-@pytest.mark.slow
-@pytest.mark.parametrize("beam", [0, 2])
-def test_generation_is_scored_for_the_first_and_the_best_candidate(beam, loaded):
-    run, some = loaded.with_settings(rerank=3, beam=beam), data.validation_subset(data.Scenes("val", 50), 4)
-    scores = sample_module.generation_scores(run, some)
+@slow
+@mark.parametrize("beam", [0, 2])
+def test_first_and_best_candidates_are_scored(beam, loaded):
+    run, some = loaded.with_settings(rerank=3, beam=beam), data.Scenes("val", 4)
+    scores = sample.generation_scores(run, some)
     references = [some.captions(i) for i in range(4)]
-    images = [data.to_image(run.crop(some.image(i))) for i in range(4)]
-    captioned = list(run.caption_all(images, 3))
-    best = [records[0]["caption"] for records in captioned]
-    first = best
+    captioned = list(run.caption_all([data.to_image(run.crop(image)) for image in scenes(4)], 3))
+    first = best = [records[0]["caption"] for records in captioned]
     if not beam:
         first = [min(records, key=lambda record: record["seed"])["caption"] for records in captioned]
     for captions, suffix in ((first, ""), (best, "_rerank")):
-        for name, value in sample_module.caption_scores(captions, references).items():
-            assert scores[name + suffix] == pytest.approx(value)
-
-@pytest.mark.slow
-def test_psnr_of_a_run_against_the_formula(loaded):
-    some = data.validation_subset(data.Scenes("val", 50), 3)
-    expected = []
-    for i in range(3):
-        x = loaded.crop(some.image(i))[None]
-        y = loaded.vae.decode(loaded.vae.encode(x))
-        a, b = (np.asarray((t + 1) / 2, np.float64) for t in (x, y))
-        expected.append(10 * math.log10(1 / ((a - b) ** 2).mean()))
-    found = sample_module.reconstruction_scores(loaded, some)["psnr"]
-    assert found == pytest.approx(np.mean(expected), rel=1e-4)
+        for name, value in sample.caption_scores(captions, references).items():
+            assert scores[name + suffix] == approx(value)
 
 # -----------------------------------------------------------------------------
 # sample.py: the page
 
-@pytest.fixture
-def server(loaded, monkeypatch):
-    """The page of the miniature run, served from a thread."""
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)  # PageServer changes it
-    server = sample_module.PageServer(loaded.with_settings(port=0))
+@fixture
+def server(loaded):
+    server = sample.PageServer(loaded.with_settings(port=0))
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -3036,20 +2833,21 @@ def server(loaded, monkeypatch):
     server.server_close()
     thread.join()
 
+def connect(port):
+    return contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60))
+
 def answer(server, path, asked=None, **headers):
     """GET, or POST an object or bytes -> the status, and the page or the lines of the answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
     body = asked if asked is None or isinstance(asked, bytes) else json.dumps(asked)
-    connection.request("GET" if asked is None else "POST", path, body, headers)
-    response = connection.getresponse()
-    content = response.read().decode()
-    connection.close()
+    with connect(server.server_address[1]) as connection:
+        connection.request("GET" if asked is None else "POST", path, body, headers)
+        response = connection.getresponse()
+        content = response.read().decode()
     if content.startswith("<"):
         return response.status, content
     return response.status, [json.loads(line) for line in content.splitlines()]
 
 def shown(url):
-    """A picture of the page -> array."""
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition("data:image/png;base64,")[2]))))
 
 def base64_of(image, kind="PNG"):
@@ -3057,8 +2855,8 @@ def base64_of(image, kind="PNG"):
     image.save(content, kind)
     return base64.b64encode(content.getvalue()).decode()
 
-@pytest.mark.slow
-def test_the_page_paints_what_python_paints(server, loaded):
+@slow
+def test_the_page_paints(server, loaded):
     status, page = answer(server, "/")
     content = json.loads(re.search(r'id="data">(.*?)</script>', page, re.DOTALL)[1])
     assert status == 200 and content["settings"]["guidance"] == train.GUIDANCE
@@ -3073,16 +2871,15 @@ def test_the_page_paints_what_python_paints(server, loaded):
     records, painted = last["records"], loaded.paint(prompt, n=3, rerank=3, **settings)
     for record, expected in zip(records, painted):
         assert np.array_equal(shown(record["picture"]), expected)
-        drawn = rows[-1]["pictures"][record["seed"] - 5]  # in the order of the seeds, all rows known
+        drawn = rows[-1]["pictures"][record["seed"] - 5]  # in the order of the seeds
         assert np.array_equal(shown(drawn), expected)
-    scores = [record["score"] for record in records]
-    assert len(scores) == 3 and scores == sorted(scores, reverse=True)
+    assert len(records) == 3 and records[0]["score"] >= records[2]["score"]
     _, lines = answer(server, "/paint", {"prompt": "red circle " * 60, "n": 1})
     assert "too long" in lines[0]["notes"][0]
 
-@pytest.mark.slow
-def test_the_page_captions_and_completes_pictures(server, loaded):
-    image = data.Scenes("val", 3).image(2).resize((90, 80))
+@slow
+def test_the_page_captions_and_completes(server, loaded):
+    image = scenes(3)[2].resize((90, 80))
     status, lines = answer(server, "/caption", {"image": base64_of(image), "n": 3, "seed": 7})
     captions = [record["caption"] for record in lines[-1]["records"]]
     assert status == 200 and captions == loaded.caption(image, n=3, seed=7, rerank=3)
@@ -3094,22 +2891,22 @@ def test_the_page_captions_and_completes_pictures(server, loaded):
     for record, expected in zip(lines[-1]["records"], painted):
         assert np.array_equal(shown(record["picture"]), expected)
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("asked", "pattern"), [
+@slow
+@mark.parametrize(("asked", "pattern"), [
     ([], "not a JSON object"), (b"{", "line 1"), ({"prompt": " "}, "needs a prompt"),
     ({"prompt": 7}, "prompt cannot be '7'"), ({"prompt": "\ud800"}, "surrogates"),
     ({"prompt": "a", "out_dir": "/etc"}, "out_dir cannot be"), ({"prompt": "a", "n": 1.5}, "n cannot be"),
-    ({"prompt": "a", "n": 10 ** 400}, "--n 1000"), ({"prompt": "a", "keep_rows": 3}, "needs keep_rows"),
+    ({"prompt": "a", "n": 10 ** 400}, "--n 1000"), ({"prompt": "a", "keep_rows": 3}, "needs --keep_rows"),
     ({"prompt": "a", "temperature": math.nan}, "--temperature nan"),
     ({"prompt": "a", "image": "AAAA", "keep_rows": 99}, "99"),
     ({"prompt": "a", "image": "AAAA", "keep_rows": 3}, "not an image"),
 ], ids=str)
-def test_a_bad_request_is_refused_with_a_sentence(asked, pattern, server):
+def test_bad_requests_are_refused(asked, pattern, server):
     status, lines = answer(server, "/paint", asked)
     assert status == 400 and re.search(pattern, lines[0]["error"]), lines
 
-@pytest.mark.slow
-def test_other_sites_and_hostile_pictures_are_refused(server):
+@slow
+def test_other_sites_and_bad_pictures(server, monkeypatch):
     good = {"prompt": "a cross", "n": 1}
     for host in ("evil.example", "localhost.evil.example", "127.0.0.1.nip.io:80"):  # DNS rebinding
         assert answer(server, "/", Host=host)[0] == answer(server, "/paint", good, Host=host)[0] == 400, host
@@ -3121,32 +2918,33 @@ def test_other_sites_and_hostile_pictures_are_refused(server):
     for length in ("-1", "two", "10000001"):
         status, lines = answer(server, "/paint", b"", **{"Content-Length": length})
         assert status == 400 and "Content-Length of at most 10,000,000" in lines[0]["error"], length
-    red, large = Image.new("RGB", (40, 40), "red"), Image.new("1", (10_000, 6_000))
-    for image in (base64_of(red, "TIFF"), base64_of(large), base64_of(red)[:60], ""):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow refuses twice as many
+    red, large = Image.new("RGB", (40, 40), "red"), Image.new("1", (200, 101))
+    for image in (base64_of(red, "TIFF"), base64_of(large), base64_of(red)[:60]):
         status, lines = answer(server, "/caption", {"image": image})
         assert status == 400 and "not an image" in lines[0]["error"], lines
-    for host in ("localhost", "127.0.0.1:8000"):  # ... and the server continues
+    for host in ("localhost", "127.0.0.1:8000"):
         assert "records" in answer(server, "/paint", good, Host=host, Origin=f"http://{host}")[1][-1]
 
-@pytest.mark.slow
-def test_an_internal_error_is_not_shown_and_the_server_continues(server, monkeypatch, capfd):
+@slow
+def test_an_internal_error_is_not_shown(server, monkeypatch, capfd):
     def fail(*_given):
         raise RuntimeError("a secret")
 
     error = {"error": "something went wrong: the server's terminal says what"}
     with monkeypatch.context() as patched:
-        patched.setattr(sample_module, "read_request", fail)
+        patched.setattr(sample, "read_request", fail)
         assert answer(server, "/paint", {"prompt": "a"}) == (500, [error])
     with monkeypatch.context() as patched:
-        patched.setattr(sample_module.Run, "decode", fail)  # after the answer has begun
+        patched.setattr(sample.Run, "decode", fail)  # after the answer has begun
         assert answer(server, "/paint", {"prompt": "a"}) == (200, [{"notes": []}, error])
     assert "RuntimeError: a secret" in capfd.readouterr().err
     assert answer(server, "/paint", {"prompt": "a", "n": 1})[0] == 200
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["/paint", "/caption"])
-def test_a_client_that_leaves_ends_its_work(path, server, monkeypatch):
-    n_sent, send = 0, sample_module.PageHandler.send
+@slow
+@mark.parametrize("path", ["/paint", "/caption"])
+def test_a_client_that_leaves(path, server, monkeypatch):
+    n_sent, send = 0, sample.PageHandler.send
 
     def slowly(self, *args, **line):
         nonlocal n_sent
@@ -3154,34 +2952,30 @@ def test_a_client_that_leaves_ends_its_work(path, server, monkeypatch):
         send(self, *args, **line)
         n_sent += 1
 
-    monkeypatch.setattr(sample_module.PageHandler, "send", slowly)
-    image = base64_of(data.Scenes("val", 1).image(0))
-    asked = {"prompt": "a cross"} if path == "/paint" else {"image": image}
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_address[1], timeout=60)
-    connection.request("POST", path, json.dumps(asked))
-    connection.getresponse().readline()
-    assert server.models.locked()
-    connection.close()
+    monkeypatch.setattr(sample.PageHandler, "send", slowly)
+    asked = {"prompt": "a cross"} if path == "/paint" else {"image": base64_of(scenes(1)[0])}
+    with connect(server.server_address[1]) as connection:
+        connection.request("POST", path, json.dumps(asked))
+        connection.getresponse().readline()
+        assert server.models.locked()
     until = time.monotonic() + 20
     while server.models.locked():
         assert time.monotonic() < until
         time.sleep(0.02)
     assert n_sent < 5  # of one line for each row or token
 
-@pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_server_says_where_it_is_and_ends_on_signals(number, finished):
+@slow
+@mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_server_ends_on_signals(number, finished):
     process = started(sys.executable, "sample.py", "--serve", "--port=0", "--out_dir", finished[0])
     port = int(re.search(r"http://localhost:(\d+) paints", process.stdout.readline())[1])
     printed = refused("sample.py", "--serve", "--port", port, "--out_dir", finished[0])
     assert f"cannot listen on --port {port} (Address already in use)" in printed
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request("POST", "/paint", json.dumps({"prompt": "a cross", "n": 64}))
-    connection.getresponse()  # it ends while it paints
-    process.send_signal(number)
-    printed, _ = process.communicate(timeout=10)
-    connection.close()
+    with connect(port) as connection:
+        connection.request("POST", "/paint", json.dumps({"prompt": "a cross", "n": 64}))
+        connection.getresponse()  # it ends while it paints
+        process.send_signal(number)
+        printed, _ = process.communicate(timeout=10)
     assert process.returncode == 0 and "Traceback" not in printed
 
 CHROMIUM = shutil.which("chromium-headless-shell") or shutil.which("chromium")
@@ -3214,20 +3008,19 @@ window.onerror = message => report({error: message})
 click().then(report, error => report({error: String(error)}))
 """
 
-@pytest.mark.slow
-@pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+@slow
+@mark.skipif(not CHROMIUM, reason="there is no Chromium here")
 def test_the_page_in_a_browser(server, loaded, tmp_path, monkeypatch):
-    """A script in the page uses it and reports what it finds."""
-    reports, answer_others = queue.Queue(), sample_module.PageHandler.answer
+    reports, answer_others = queue.Queue(), sample.PageHandler.answer
 
     def answer_or_report(self):
         if self.path != "/report":
             return answer_others(self)
         reports.put(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
 
-    monkeypatch.setattr(sample_module.PageHandler, "answer", answer_or_report)
+    monkeypatch.setattr(sample.PageHandler, "answer", answer_or_report)
     page = server.page.replace(b"</body>", f"<script>{CLICKS}</script></body>".encode())
-    server.page = page.replace(b"connect-src 'self'", b"connect-src 'self' data:")  # it reads a picture
+    server.page = page.replace(b"connect-src 'self'", b"connect-src 'self' data:")
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0",
              "--window-size=390,900", f"--user-data-dir={tmp_path / 'profile'}"]
     browser = subprocess.Popen([CHROMIUM, *flags, f"http://localhost:{server.server_address[1]}/"],
@@ -3235,7 +3028,7 @@ def test_the_page_in_a_browser(server, loaded, tmp_path, monkeypatch):
     try:
         found = reports.get(timeout=90)
     finally:
-        os.killpg(browser.pid, signal.SIGKILL)  # the command may be a script that started the browser
+        os.killpg(browser.pid, signal.SIGKILL)  # it may be started by a script
         browser.wait()
     assert "error" not in found, found
     for url, expected in zip(found["painted"], loaded.paint("a small red circle", n=8, seed=3, rerank=8)):

@@ -25,6 +25,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import statistics
 import sys
@@ -77,9 +78,9 @@ class TrainConfig:
     lpips_weight: float = 0.0  # of the perceptual loss LPIPS; 0 does without it
     token_grid: int = 32  # side of the grid that AugVAE-SL keeps and BiART models
     # BiART
+    init_biart: str = ""  # fine-tune: the run whose BiART, AugVAE and tokenizer to begin with
     vocab_size: int = 8192  # largest text vocabulary to train
     tokenizer: str = ""  # use this vocabulary instead: tokenizer.json, or CLIP's .txt.gz
-    cache_tokens: str = ""  # folder for the data as tokens, which runs can share; empty: tokens/ in out_dir
     cache_crops: int = 1  # crops of a training image to keep as tokens; 1: the centre, more: random ones
     # Validation and log
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
@@ -113,7 +114,7 @@ PRESETS = {
              "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
              "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
         "augvae_ml": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 300, "rate": 0.003, "vq_start": 100},
-        "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005, "locality": 0.02,
+        "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005,
                       "eval_interval": 500, "log_interval": 100},
         "biart": {**SHORT_BIART, "max_iters": 2800, "eval_interval": 500, "log_interval": 50,
                   "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}},
@@ -148,6 +149,17 @@ class Progress:
     val_loss: float = None  # at this step; None: not computed yet
     best_val_loss: float = inf
     rows: list = field(default_factory=list)  # of the log
+
+    def count(self, finite):
+        """Count a step, taken or skipped. ValueError after 20 skipped steps in a row."""
+        self.step += 1
+        self.samples += self.samples_per_step
+        self.val_loss = None
+        self.skipped += not finite
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row == 20:
+            raise ValueError(f"20 steps in a row, up to step {self.step}, had no finite loss and gradient: "
+                             "--resume with a lower --learning_rate or --grad_clip")
 
 def train(settings):
     """Train one stage, from its beginning or its checkpoint (--resume) to its end."""
@@ -187,10 +199,11 @@ def train(settings):
 
             # Clip and step. If loss or gradient is not finite, all ranks skip the step
             scaler.unscale_(optimizer)
-            grad_norm = nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or inf).item()
-            # One all-reduce for two numbers: the mean loss, and whether any rank caught a signal
-            numbers = torch.stack([loss / context.world, loss.new_tensor(float(signals.number > 0))])
-            loss, caught = context.all_reduce(numbers).tolist()
+            grad_norm = nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or inf)
+            # One all-reduce, and one look at the device: mean loss, norm, whether any rank caught a signal
+            caught = torch.full_like(loss, signals.number > 0)
+            numbers = torch.stack([loss / context.world, grad_norm / context.world, caught])
+            loss, grad_norm, caught = context.all_reduce(numbers).tolist()
             stopping = caught > 0
             finite = math.isfinite(loss + grad_norm)
             lr = get_lr(progress.step, config, progress.max_iters)
@@ -202,7 +215,7 @@ def train(settings):
             optimizer.zero_grad(set_to_none=True)
             parts.update(objective.after_step(finite))  # AugVAE's codebook takes its own step
             last = {"loss": loss, "grad_norm": grad_norm, "lr": lr, **parts}  # parts: of the last micro-step
-            count_step(progress, finite, settings.path(".pt"))
+            progress.count(finite)
             log.seconds += time.monotonic() - began
     if stopping or signals.number:
         context.print0(f"{settings.stage} stopped at step {progress.step} and saved {settings.path('.pt')}: "
@@ -218,8 +231,8 @@ def evaluate(objective, val_batches, progress, settings, context):
     with context.autocast():
         for batch in val_batches:
             loss, _ = objective(*context.to_device(batch))
-            n = torch.tensor(float(len(batch[0])), device=context.device)
-            total += torch.stack([loss.float() * n, n])
+            total[0] += loss.float() * len(batch[0])
+            total[1] += len(batch[0])
         if context.rank == 0:
             picture = objective.picture(*context.to_device(val_batches[0]))
             picture.save(settings.path(f"_{progress.step:06d}.png"))
@@ -236,19 +249,8 @@ def get_lr(step, config, max_iters):
     share = (step - config.warmup_iters) / max(1, max_iters - config.warmup_iters)
     return config.learning_rate * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
 
-def count_step(progress, finite, path):
-    """Count a step, taken or skipped. Raises ValueError after 20 skipped steps in a row."""
-    progress.step += 1
-    progress.samples += progress.samples_per_step
-    progress.val_loss = None
-    progress.skipped += not finite
-    progress.skipped_in_a_row = 0 if finite else progress.skipped_in_a_row + 1
-    if progress.skipped_in_a_row == 20:
-        raise ValueError(f"20 steps in a row, up to step {progress.step}, had no finite loss and gradient: "
-                         f"--resume from {path} with a lower --learning_rate or --grad_clip")
-
 class Signals:
-    """SIGTERM and SIGINT in training: the first lets the loop finish its step and save, a second kills."""
+    """SIGTERM and Ctrl-C in training: the first lets the loop finish its step and save, a second kills."""
 
     def __enter__(self):
         self.number, self.caught_at = 0, 0.0
@@ -256,11 +258,10 @@ class Signals:
         return self
 
     def catch(self, number, _frame):
-        # Ctrl-C reaches a rank twice, from the terminal and from torchrun: within a second it is one signal
-        if self.number and time.monotonic() - self.caught_at > 1:
-            os._exit(128 + number)
         if not self.number:
             self.number, self.caught_at = number, time.monotonic()
+        elif time.monotonic() - self.caught_at > 1:  # sooner, it is the same Ctrl-C by way of torchrun
+            os._exit(128 + number)
 
     def __exit__(self, *_):
         for number, handler in self.before.items():
@@ -272,12 +273,12 @@ class Signals:
 class AugVAEObjective(nn.Module):
     """Pixel loss + LPIPS, if asked for, + commitment. forward(images) -> loss, {part: value}."""
     columns = ("pixel", "lpips", "commit", "codebook_use", "perplexity")  # of the log
-    made_from = {}  # fingerprints of what made its training data
 
     def __init__(self, vae, config):
         super().__init__()
         self.model, self.pixel_loss, self.lpips_weight = vae, LOSSES[config.loss], config.lpips_weight
         self.lpips = LPIPS() if config.lpips_weight else None
+        self.key = {"config": asdict(vae.config)}  # the same in a checkpoint and the run that resumes it
 
     def forward(self, images):
         reconstruction, commitment, _ = self.model(images, collect=self.training)
@@ -307,21 +308,17 @@ class BiARTObjective(nn.Module):
     """Cross-entropy in both directions. forward(text, image codes, null) -> loss, {part: value}."""
     columns = ("t2i", "i2t")
 
-    def __init__(self, biart, vae, tokenizer, made_from=None):
+    def __init__(self, biart, vae, tokenizer, made_from):
         super().__init__()
-        self.model, self.tokenizer, self.made_from = biart, tokenizer, made_from or {}
+        self.model, self.tokenizer = biart, tokenizer
         self.vae = [vae]  # in a list, because a submodule would be trained
+        self.key = {**made_from, "config": asdict(biart.config)}
 
     def forward(self, text, image, null):
         return self.model(text, image, null if self.training else None)
 
     def after_step(self, finite):
         return {}
-
-    def decode(self, codes):
-        """Image codes (B, n_image) -> PIL images."""
-        side, [vae] = self.model.config.image_side, self.vae
-        return [data.to_image(x) for x in vae.decode([codes.view(-1, side, side)])]
 
     def picture(self, text, image, null):
         """Paintings over their captions, then images over the captions that they are given."""
@@ -330,7 +327,9 @@ class BiARTObjective(nn.Module):
         painted, _ = self.model.generate(text, "image", sampling=sampling)
         ids, _ = self.model.generate(image, "text", sampling=sampling)
         captions = [self.tokenizer.decode(row.tolist()) for row in torch.cat([text, ids])]
-        return data.contact_sheet(self.decode(torch.cat([painted, image])), captions, columns=len(text))
+        side, [vae] = self.model.config.image_side, self.vae
+        decoded = vae.decode([torch.cat([painted, image]).view(-1, side, side)])
+        return data.contact_sheet([data.to_image(x) for x in decoded], captions, columns=len(text))
 
 def prepare(settings, context):
     """-> objective, training batches, validation batches, progress, the checkpoint to resume or None."""
@@ -343,36 +342,35 @@ def prepare(settings, context):
     context.barrier()
     train_set, val_set = (data.open_data(settings.data, split, bad_images, config.out_dir)
                           for split in ("train", "val"))
-    if settings.stage == "biart" and not (train_set.captioned and val_set.captioned):
+    if config.stage in ("biart", "all") and not (train_set.captioned and val_set.captioned):
         raise ValueError(f"--stage biart needs captions, and --data {settings.data.data} has none here")
     val_set = data.validation_subset(val_set, config.eval_images, bad_images)
     if min(len(train_set), len(val_set)) < context.world:
         raise ValueError(f"{min(len(train_set), len(val_set))} images are too few for {context.world} ranks")
 
     torch.manual_seed(config.seed)  # all ranks begin with the same weights
+    resumed = saved is not None
     if settings.stage == "biart":
-        objective, train_view, val_view = prepare_biart(settings, train_set, val_set, context)
+        objective, train_view, val_view = prepare_biart(settings, train_set, val_set, resumed, context)
     else:
-        objective, train_view, val_view = prepare_augvae(settings, train_set, val_set, saved is not None)
+        objective, train_view, val_view = prepare_augvae(settings, train_set, val_set, resumed)
     if saved:
-        for key, value in objective_key(objective).items():
+        for key, value in objective.key.items():
             if saved[key] != value:
-                raise ValueError(f"{settings.path('.pt')} was made with another {key} ({saved[key]}) "
-                                 f"than the present one ({value})")
+                raise ValueError(f"{settings.path('.pt')} has another {key}: {saved[key]}, not {value}")
         objective.model.load_state_dict(saved["model"])
     objective.to(context.device).train()
 
     progress = Progress(**saved["progress"]) if saved else Progress()
     progress.samples_per_step = context.world * config.batch_size * config.gradient_accumulation_steps
     progress.max_iters = config.max_iters
-    if config.epochs:
-        progress.max_iters = math.ceil(config.epochs * len(train_view) / progress.samples_per_step)
+    if config.epochs:  # of samples, for perhaps the number of ranks has changed
+        n_left = config.epochs * len(train_view) - progress.samples
+        progress.max_iters = progress.step + max(0, math.ceil(n_left / progress.samples_per_step))
     n_parameters = sum(p.numel() for p in objective.model.parameters())
     context.print0(f"{settings.stage}: {n_parameters / 1e6:.2f} M parameters, {len(train_view):,} training "
-                   f"images, {progress.samples_per_step} images a step on "
+                   f"images, {progress.samples_per_step} a step, from step {progress.step}, on "
                    f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
-    if saved:
-        context.print0(f"resuming at step {progress.step}")
     batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
                            rank=context.rank, world=context.world, workers=settings.data.workers,
                            log=bad_images)
@@ -389,10 +387,12 @@ def validation_batches(view, settings, context):
 def prepare_augvae(settings, train_set, val_set, resumed):
     """-> objective, training view, validation view."""
     config = settings.train
-    if settings.stage == "augvae_ml" and not resumed and not config.init_from:
-        vae = AugVAE(settings.augvae)
+    if resumed:
+        vae = read_augvae(settings, settings.stage)
+    elif settings.stage == "augvae_sl" or config.init_from:
+        vae = read_augvae(settings, "augvae_ml", config.init_from)
     else:
-        vae = read_augvae(settings.stage if resumed else "augvae_ml", settings, resumed)
+        vae = AugVAE(settings.augvae)
     if settings.stage == "augvae_ml" and vae.config.single_level:
         raise ValueError(f"{config.init_from} is an AugVAE-SL: --stage augvae_sl trains it")
     if settings.stage == "augvae_sl" and not vae.config.single_level:
@@ -400,10 +400,15 @@ def prepare_augvae(settings, train_set, val_set, resumed):
     train_view = data.Pixels(train_set, vae.config.image_size, settings.data.crop_scale)
     return AugVAEObjective(vae, config), train_view, data.Pixels(val_set, vae.config.image_size, 1.0)
 
-def prepare_biart(settings, train_set, val_set, context):
+def prepare_biart(settings, train_set, val_set, resumed, context):
     """As prepare_augvae. Encodes both data sets to tokens, unless that is done."""
     config = settings.train
-    vae = read_augvae("augvae_sl", settings).to(context.device)
+    if config.init_biart and not resumed and context.rank == 0:  # copies make this run whole
+        for name in ("augvae_sl.pt", "tokenizer.json"):
+            with data.atomic_write(os.path.join(config.out_dir, name)) as f:
+                f.write(data.read_bytes(os.path.join(config.init_biart, name)))
+    context.barrier()
+    vae = read_augvae(settings, "augvae_sl", config.init_from).to(context.device)
     if not vae.config.single_level:
         raise ValueError(f"{config.init_from} is an AugVAE-ML: --stage augvae_sl makes the AugVAE-SL of it")
     tokenizer = prepare_tokenizer(settings, train_set, context)
@@ -414,32 +419,37 @@ def prepare_biart(settings, train_set, val_set, context):
     biart = BiART(biart_config)
     biart.set_code_vectors(vae.codebook.weight.cpu())
     made_from = {"augvae": fingerprint(vae), "tokenizer": tokenizer.fingerprint()}
+    if config.init_biart and not resumed:
+        path = os.path.join(config.init_biart, "biart.pt")
+        start = read_checkpoint(path, "biart")
+        if [start[key] for key in made_from] != list(made_from.values()):
+            raise ValueError(f"{path} does not belong to the AugVAE and the tokenizer beside it")
+        biart.load_state_dict(start["model"])
 
     @torch.no_grad()
     def encode(images):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    views, folder = [], config.cache_tokens or os.path.join(config.out_dir, "tokens")
+    views = []
     for split, dataset, crops, null_prob in (("train", train_set, config.cache_crops, biart_config.null_prob),
                                              ("val", val_set, 1, 0.0)):
         source = data.TokenSource(
             dataset, tokenizer, biart_config.n_text, vae.config.image_size, made_from, crops,
             settings.data.crop_scale, settings.path("_bad_images.log"), settings.data.workers)
-        data.cache_tokens(source, encode, os.path.join(folder, split), own=not config.cache_tokens,
+        folder = os.path.join(config.out_dir, "tokens", split)
+        data.cache_tokens(source, encode, folder, anew=config.overwrite and not resumed,
                           rank=context.rank, world=context.world, all_reduce=context.all_reduce)
-        views.append(data.Tokens(os.path.join(folder, split), null_prob))
+        views.append(data.Tokens(folder, null_prob))
     return BiARTObjective(biart, vae, tokenizer, made_from), *views
 
-def read_augvae(stage, settings, resumed=False):
-    """The AugVAE of --init_from, or that of a stage of this run. It must agree with the command line."""
-    path = "" if resumed else settings.train.init_from
-    if not path:
-        path = os.path.join(settings.train.out_dir, f"{stage}.pt")
-        read_checkpoint(path, stage)  # if it is not there, this says which stage makes it
+def read_augvae(settings, stage, path=""):
+    """The AugVAE at a path, or that of a stage of this run. ValueError if it contradicts the command line."""
+    path = path or os.path.join(settings.train.out_dir, f"{stage}.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint {path}: --stage {stage} makes it")
     vae = AugVAE.load(path)
-    if settings.stage != "biart":  # these may differ from the checkpoint's
-        vae.config.rate, vae.config.locality = settings.augvae.rate, settings.augvae.locality
+    vae.config.rate = settings.augvae.rate  # may change
     found = {**asdict(vae.config), "token_grid": vae.config.single_level or settings.train.token_grid}
     for key, value in found.items():
         if settings.given.get(key, value) != value:
@@ -447,40 +457,36 @@ def read_augvae(stage, settings, resumed=False):
     return vae
 
 def prepare_tokenizer(settings, train_set, context):
-    """That of the run (--resume), that of --tokenizer, or a new one of all training captions."""
+    """That of --tokenizer, that of the run (--resume), or a new one of all training captions."""
     config = settings.train
     path = os.path.join(config.out_dir, "tokenizer.json")
-    if config.resume and os.path.exists(path):
-        tokenizer = Tokenizer.load(path)
-        if config.tokenizer and Tokenizer.load(config.tokenizer).fingerprint() != tokenizer.fingerprint():
-            raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, with which the run began")
-        return tokenizer
-    if config.tokenizer:
-        tokenizer = Tokenizer.load(config.tokenizer)
+    begun = (config.resume or config.init_biart) and os.path.exists(path)
+    if config.tokenizer or begun:
+        tokenizer = Tokenizer.load(config.tokenizer or path)
     else:
         captions = data.all_captions(train_set, settings.path("_bad_images.log"))
         tokenizer = Tokenizer.train(captions, config.vocab_size)
         context.print0(f"tokenizer: {len(tokenizer)} tokens from {len(captions):,} captions")
-    if context.rank == 0:
+    if begun and Tokenizer.load(path).fingerprint() != tokenizer.fingerprint():
+        raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, with which the run began")
+    if context.rank == 0 and not begun:
         tokenizer.save(path)
     return tokenizer
 
 # -----------------------------------------------------------------------------
 # Checkpoints
 
-def objective_key(objective):
-    """What must be the same in a checkpoint and the run that resumes it."""
-    return {**objective.made_from, "config": asdict(objective.model.config)}
-
 def save(settings, objective, optimizer, scaler, progress, context):
     """{stage}.pt, and {stage}_best.pt if the validation loss is the lowest: all that --resume needs."""
     if context.rank == 0:
-        content = {"stage": settings.stage, "settings": settings.given, **objective_key(objective),
+        content = {"stage": settings.stage, "settings": settings.given, **objective.key,
                    "model": objective.model.state_dict(), "optimizer": optimizer.state_dict(),
                    "scaler": scaler.state_dict(), "progress": asdict(progress)}
         if progress.val_loss == progress.best_val_loss:
             save_checkpoint(settings.path("_best.pt"), content)
-        save_checkpoint(settings.path(".pt"), content)  # last, so that a killed run saves both again
+            link(settings.path("_best.pt"), settings.path(".pt"))  # last: a killed run saves both again
+        else:
+            save_checkpoint(settings.path(".pt"), content)
     context.barrier()  # the next stage reads it, on all ranks
 
 def save_checkpoint(path, content):
@@ -488,18 +494,42 @@ def save_checkpoint(path, content):
     with data.atomic_write(path) as f:
         torch.save(content, f)
 
-def settings_of_run(out_dir):
-    """What the command line of a run said, from its newest checkpoint."""
+def link(source, path):
+    """Give a file a second name, or copy it where the disk has no links."""
+    with contextlib.suppress(OSError):
+        os.remove(f"{path}.part")
+    try:
+        os.link(source, f"{path}.part")
+    except OSError:
+        shutil.copyfile(source, f"{path}.part")
+    os.replace(f"{path}.part", path)
+
+def settings_of_run(out_dir, given):
+    """What the command line of a run said, from its newest checkpoint. {} if there is no run yet."""
     paths = [os.path.join(out_dir, f"{stage}.pt") for stage in STAGES]
     paths = [path for path in paths if os.path.exists(path)]
     if not paths:
-        raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}")
+        if not {"stage", "data", "preset"} & set(given):  # else a mistyped folder would train scenes
+            raise ValueError(f"--resume finds no checkpoint of {', '.join(STAGES)} in {out_dir}. To start a "
+                             "run there, give --stage, --data or --preset, too")
+        data.print0(f"there is no run in {out_dir} to resume: starting one")
+        return {}
     newest = max(paths, key=os.path.getmtime)
     saved = read_checkpoint(newest, *STAGES)
     if "optimizer" not in saved:
         raise ValueError(f"{newest} holds weights alone: there is nothing to resume")
-    return {name: value for name, value in saved["settings"].items()
-            if name not in ("resume", "overwrite", "out_dir")}
+    return saved["settings"]
+
+def settings_to_fine_tune(given):
+    """What --init_biart decides: the size of BiART."""
+    path = os.path.join(given["init_biart"], "biart.pt")
+    config = read_checkpoint(path, "biart")["config"]
+    names = "n_layer", "n_head", "n_embd", "n_text", "positions", "code_hidden"
+    size = {name: config[name] for name in names}
+    for name, value in size.items():
+        if given.get(name, value) != value:
+            raise ValueError(f"--{name} {given[name]} contradicts {path}, which has {value}")
+    return size
 
 # -----------------------------------------------------------------------------
 # Settings: every field of the config classes is one, `--name value`
@@ -537,12 +567,10 @@ def make_config(cls, values):
     return cls(**values)
 
 def parse(argv, description, *configs):
-    """The command line, `--name value` for each field of the config classes -> a dict of what it says. The
-    comment behind a field is its help; a comment on a line of its own begins a group."""
+    """The command line -> a dict. A field's comment is its help. A comment on its own line begins a group."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [--setting value ...]", description=description, allow_abbrev=False,
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-            prog, max_help_position=36, width=150))
+        formatter_class=functools.partial(argparse.RawDescriptionHelpFormatter, max_help_position=36))
     for cls in configs:
         group = parser.add_argument_group(cls.__name__)
         settings = {f.name: f for f in fields(cls) if not f.metadata.get("derived")}
@@ -557,9 +585,8 @@ def parse(argv, description, *configs):
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         names = sorted(name for action in parser._actions for name in action.option_strings)
-        close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
-        hint = f" (did you mean {close[0]}?)" if close else ""
-        parser.error(f"unknown setting {unknown[0]}{hint}; valid are {' '.join(names)}")
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names) or names
+        parser.error(f"unknown setting {unknown[0]}: try {', '.join(close)}")
     return vars(found)
 
 def true_or_false(text):
@@ -567,16 +594,19 @@ def true_or_false(text):
         raise ValueError(text)
     return text.lower() in ("true", "yes", "1")
 
+def text(value):
+    return os.path.expanduser(value) if value.startswith("~/") else value  # --out_dir=~/x
+
 def whole_numbers(text):
     return tuple(int(part) for part in text.replace(",", " ").split())
 
-KINDS = {  # how argparse reads a setting of each type; its error messages contain the function's name
+KINDS = {  # how argparse reads each type; its error messages name the function
     int: {"type": int, "metavar": "int"},
     float: {"type": float, "metavar": "float"},
-    str: {"metavar": "text"},
+    str: {"type": text, "metavar": "text"},
     bool: {"type": true_or_false, "metavar": "bool", "nargs": "?", "const": True},
     tuple[int, ...]: {"type": whole_numbers, "metavar": "int,int,..."},
-    tuple[str, ...]: {"metavar": "text", "nargs": "+"}}
+    tuple[str, ...]: {"type": text, "metavar": "text", "nargs": "+"}}
 
 # -----------------------------------------------------------------------------
 # Where and how to compute
@@ -586,6 +616,9 @@ class Context:
 
     def __init__(self, device, dtype):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
+            raise ValueError("these tasks of SLURM do not know each other: start one torchrun a node, "
+                             "srun --ntasks-per-node=1 torchrun --nproc_per_node=8 ... train.py ...")
         torch.set_flush_denormal(True)  # tiny gradients would make a step on a CPU an eighth slower
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -604,9 +637,10 @@ class Context:
             # Long, because rank 0 draws pictures alone
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
         self.dtype = getattr(torch, best_dtype(self.device) if dtype == "auto" else dtype)
-        if (dtype == "float16" and self.device.type != "cuda") or not works(self.autocast):
-            raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: float16 needs a CUDA device, "
-                             "and bfloat16 a CUDA device or a CPU")
+        devices = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}
+        if dtype in devices and self.device.type not in devices[dtype]:
+            raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: "
+                             f"it needs {' or '.join(devices[dtype])}")
 
     def autocast(self):
         if self.dtype is torch.float32:
@@ -660,28 +694,11 @@ class Context:
         a = torch.randn(n, n, device=self.device, dtype=self.dtype)
         return 2 * n ** 3 / min(self.timeit(lambda: a @ a) for _ in range(10))
 
-def works(trial, *args):
-    """Whether a call succeeds. Devices and builds of PyTorch differ."""
-    try:
-        trial(*args)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError, AssertionError):
-        return False
-    return True
-
-def try_fused(device):
-    p = torch.ones(1, device=device, requires_grad=True)
-    p.grad = torch.ones_like(p)
-    torch.optim.AdamW([p], fused=True).step()
-
 def best_dtype(device):
-    """The fastest type that the device has in hardware."""
+    """The fastest type that the device has in hardware. Cards before Ampere only emulate bfloat16."""
     if device.type != "cuda":
         return "float32"
-    try:
-        in_hardware = torch.cuda.is_bf16_supported(including_emulation=False)
-    except TypeError:  # before torch 2.6, which does not count emulation
-        in_hardware = torch.cuda.is_bf16_supported()
-    return "bfloat16" if in_hardware else "float16"
+    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 # -----------------------------------------------------------------------------
 # Optimizer; DDP, torch.compile and activation checkpointing
@@ -723,21 +740,17 @@ class MuonAdamW(torch.optim.AdamW):
 
 def make_optimizer(model, config, context, saved=None):
     """-> optimizer and gradient scaler, new or with a checkpoint's state. May raise ValueError."""
-    matrices = set()
-    if config.optimizer == "muon":
-        layers = (nn.Linear, nn.Conv2d)
-        matrices = {module.weight for module in model.modules() if isinstance(module, layers)}
+    layers = [module for module in model.modules() if isinstance(module, (nn.Linear, nn.Conv2d))]
+    matrices = {layer.weight for layer in layers} if config.optimizer == "muon" else set()
     groups = {"muon": [], "decay": [], "no_decay": []}
     for p in model.parameters():
         name = "muon" if p in matrices else "decay" if p.dim() >= 2 else "no_decay"
         groups[name].append(p)
-    counts = [f"{name} {sum(p.numel() for p in params):,}" for name, params in groups.items()]
-    context.print0(f"parameters by group: {', '.join(counts)}")
     optimizer = MuonAdamW([{"name": name, "params": params,
                             "weight_decay": 0.0 if name == "no_decay" else config.weight_decay}
                            for name, params in groups.items()],
                           lr=config.learning_rate, betas=(0.9, config.beta2),
-                          fused=works(try_fused, context.device) or None)  # on CPUs since torch 2.4
+                          fused=context.device.type == "cuda" or torch.__version__ >= "2.5")
     grad_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # the first since torch 2.3
     scaler = grad_scaler(enabled=context.dtype is torch.float16)  # does nothing for other types
     if saved:
@@ -757,11 +770,15 @@ def wrap(objective, config, context):
             if isinstance(module, (Block, ResBlock)):
                 module.forward = functools.partial(recomputed, module.forward)
     network = objective
-    if config.compile:  # torch.compile can neither switch TF32 off (nearest) nor look at values (collect)
-        for name in ("nearest", "collect"):
-            setattr(Codebook, name, torch.compiler.disable(getattr(Codebook, name)))
+    if config.compile:
+        Codebook.nearest = torch.compiler.disable(Codebook.nearest)  # it switches TF32 off
+        Codebook.collect = torch.compiler.disable(Codebook.collect)  # it looks at values
         network = torch.compile(network)
-    return DDP(network, broadcast_buffers=False) if context.world > 1 else network
+    if context.world == 1:
+        return network
+    new_name = "forward_sync_buffers" in inspect.signature(DDP).parameters  # since torch 2.13
+    sync_buffers = {"forward_sync_buffers" if new_name else "broadcast_buffers": False}
+    return DDP(network, gradient_as_bucket_view=True, **sync_buffers)
 
 def recomputed(forward, *args):
     """forward(*args), which runs again in the backward pass and keeps only its inputs until then."""
@@ -773,54 +790,46 @@ def recomputed(forward, *args):
 # The log
 
 class Log:
-    """Rank 0's: {stage}.csv, a row for each logged step, and lines on the screen."""
+    """A row of numbers for each logged step, on the screen and in {stage}.csv. Rank 0 writes it."""
 
     def __init__(self, settings, objective, progress, context):
-        self.stage, self.path, self.context = settings.stage, settings.path, context
-        self.first_step, self.rows = progress.step, progress.rows
-        self.seconds = 0.0  # in training steps
+        self.settings, self.context = settings, context
+        self.first_step, self.seconds = progress.step, 0.0  # seconds: spent in training steps
         self.columns = ["step", "loss", "val_loss", "lr", "grad_norm", "skipped", "images_per_s", "peak_gb",
                         *objective.columns]
-        if context.rank == 0:
-            with open(self.path(".csv"), "w", encoding="utf-8") as f:
-                f.write(",".join(self.columns) + "\n")
-                for row in self.rows:
-                    f.write(self.csv_line(row))
+        header = {name: name for name in self.columns}
+        self.write_csv("w", [header, *progress.rows])
 
-    def csv_line(self, row):
-        values = [row.get(column, "") for column in self.columns]
-        return ",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values) + "\n"
+    def write_csv(self, mode, rows):
+        if self.context.rank:
+            return
+        with open(self.settings.path(".csv"), mode, encoding="utf-8") as f:
+            for row in rows:
+                values = [row.get(name, "") for name in self.columns]
+                f.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values) + "\n")
 
     def write(self, progress, last):
         """Write a row. last: numbers of the last step, and val_loss if it was computed, by name."""
-        if self.context.rank:
-            return
-        last = {name: float(value) for name, value in last.items()}
-        step, end = progress.step, progress.max_iters
-        validation = f" | val {last['val_loss']:.4f}" if "val_loss" in last else ""
-        if "loss" not in last:  # before the first step
-            return print(f"{self.stage} {step}/{end}{validation}", flush=True)
-        seconds = self.seconds / (step - self.first_step)  # a step
-        eta = round(seconds * (end - step))
-        row = {"step": step, "skipped": progress.skipped, "images_per_s": progress.samples_per_step / seconds,
-               "peak_gb": self.context.peak_gb(), **last}
-        self.rows.append(row)
-        with open(self.path(".csv"), "a", encoding="utf-8") as f:
-            f.write(self.csv_line(row))
-        parts = [f"{name} {row[name]:.4g}" for name in ("loss", "pixel", "lpips", "commit", "codebook_use",
-                                                         "perplexity", "t2i", "i2t") if name in row]
-        skipped = f" | skipped {progress.skipped}" if progress.skipped else ""
-        print(f"{self.stage} {step}/{end} {' '.join(parts)}{skipped}{validation} | lr {row['lr']:.1e} | "
-              f"{row['images_per_s']:.0f} images/s | {row['peak_gb']:.1f} GB | "
-              f"ETA {eta // 60}:{eta % 60:02d}", flush=True)
+        row = {"step": progress.step, **{name: float(value) for name, value in last.items()}}
+        left = "?"
+        if "loss" in row:  # not before the first step
+            seconds = self.seconds / (progress.step - self.first_step)  # a step
+            left = datetime.timedelta(seconds=round(seconds * (progress.max_iters - progress.step)))
+            row.update(skipped=progress.skipped, images_per_s=progress.samples_per_step / seconds,
+                       peak_gb=self.context.peak_gb())
+            progress.rows.append(row)
+            self.write_csv("a", [row])
+        numbers = " ".join(f"{name} {row[name]:.4g}" for name in self.columns[1:] if name in row)
+        place = f"{self.settings.stage} {progress.step}/{progress.max_iters}"
+        self.context.print0(f"{place} {numbers} ETA {left}")
 
     def finish(self, progress):
-        self.context.print0(f"{self.stage}: {progress.step - self.first_step} steps in {self.seconds:.0f} s, "
-                            f"saved to {self.path('.pt')}")
-        faults = data.count_read_errors(self.path("_bad_images.log"))
+        path, n_steps = self.settings.path, progress.step - self.first_step
+        self.context.print0(f"{self.settings.stage}: {n_steps} steps in {self.seconds:.0f} s, "
+                            f"saved to {path('.pt')}")
+        faults = data.count_read_errors(path("_bad_images.log"))
         if faults:
-            self.context.print0(f"{self.stage}: {faults:,} files could not be read or were damaged: "
-                                f"{self.path('_bad_images.log')} names them")
+            self.context.print0(f"{faults:,} files could not be read: see {path('_bad_images.log')}")
 
 # -----------------------------------------------------------------------------
 # How fast?
@@ -828,7 +837,20 @@ class Log:
 def bench(settings):
     """Time a training step of one stage on random data, and say how much memory it takes."""
     config, context = settings.train, Context(settings.train.device, settings.train.dtype)
-    objective, batch = random_objective(settings)
+    B, side = config.batch_size, settings.augvae.image_size
+    if settings.stage == "biart":
+        c = replace(settings.biart, text_vocab=config.vocab_size, end_token=config.vocab_size - 1,
+                    pad_token=config.vocab_size - 2, image_vocab=settings.augvae.codebook_size,
+                    image_side=config.token_grid, code_dim=settings.augvae.codebook_dim)
+        text, image = (torch.randint(0, c.vocab(m) - 2, (B, c.length(m))) for m in ("text", "image"))
+        objective = BiARTObjective(BiART(c), None, None, {})
+        batch = [text, image, torch.zeros(B, dtype=torch.bool)]
+    else:
+        vae = AugVAE(settings.augvae)
+        if settings.stage == "augvae_sl":
+            vae = vae.single_level(config.token_grid)
+        objective = AugVAEObjective(vae, config)
+        batch = [torch.rand(B, 3, side, side) * 2 - 1]
     objective.to(context.device).train()
     optimizer, scaler = make_optimizer(objective.model, config, context)
     network, batch = wrap(objective, config, context), context.to_device(batch)
@@ -846,30 +868,20 @@ def bench(settings):
         step()
     seconds = statistics.median(context.timeit(step) for _ in range(5))
     share = counter.get_total_flops() / seconds / context.peak_flops()
-    context.print0(f"{settings.stage}: {1000 * seconds:.0f} ms a step of {config.batch_size}, "
-                   f"{context.world * config.batch_size / seconds:.1f} images/s, {share:.0%} of the device's "
+    context.print0(f"{settings.stage}: {1000 * seconds:.0f} ms a step of {B}, "
+                   f"{context.world * B / seconds:.1f} images/s, {share:.0%} of the device's "
                    f"peak in matrix products, {context.peak_gb():.2f} GB at most, {str(context.dtype)[6:]}")
-
-def random_objective(settings):
-    """-> a stage's objective with random weights, and a random batch."""
-    config, B = settings.train, settings.train.batch_size
-    if settings.stage == "biart":
-        c = replace(settings.biart, text_vocab=config.vocab_size, end_token=config.vocab_size - 1,
-                    pad_token=config.vocab_size - 2, image_vocab=settings.augvae.codebook_size,
-                    image_side=config.token_grid, code_dim=settings.augvae.codebook_dim)
-        text, image = (torch.randint(0, c.vocab(m) - 2, (B, c.length(m))) for m in ("text", "image"))
-        return BiARTObjective(BiART(c), None, None), [text, image, torch.zeros(B, dtype=torch.bool)]
-    vae, side = AugVAE(settings.augvae), settings.augvae.image_size
-    if settings.stage == "augvae_sl":
-        vae = vae.single_level(config.token_grid)
-    return AugVAEObjective(vae, config), [torch.rand(B, 3, side, side) * 2 - 1]
 
 # -----------------------------------------------------------------------------
 
 def main(argv):
     given = parse(argv, __doc__, *CONFIGS)
+    out_dir, saved = given.get("out_dir", TrainConfig.out_dir), {}
     if given.get("resume"):
-        given = {**settings_of_run(given.get("out_dir", TrainConfig.out_dir)), **given}
+        saved = settings_of_run(out_dir, given)
+    if given.get("init_biart") and not saved:
+        saved = settings_to_fine_tune(given)
+    given = {**saved, **given, "out_dir": out_dir}  # the run may have been moved there
     stage = make_config(TrainConfig, given).stage
     runs = []  # settings of every stage
     for name in STAGES if stage == "all" else (stage,):
@@ -891,8 +903,7 @@ def check_settings(runs):
         if config.epochs and "max_iters" in given:
             raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters}: give one of them")
         if settings.stage == "biart" and settings.data.data in data.UNCAPTIONED:
-            raise ValueError(f"--data {settings.data.data} has no captions, which --stage biart needs: "
-                             "train --stage augvae_ml, then augvae_sl")
+            raise ValueError(f"--data {settings.data.data} has no captions, which --stage biart needs")
         if settings.stage == "biart" and config.batch_size % 2:
             raise ValueError(f"--batch_size {config.batch_size} is odd: half of a batch runs each way")
         if settings.stage == "biart" and config.tokenizer:
@@ -901,25 +912,45 @@ def check_settings(runs):
         if len(runs) > 1 and levels_known and config.token_grid not in settings.augvae.levels:
             raise ValueError(f"--token_grid {config.token_grid} is none of --levels {settings.augvae.levels}")
         if os.path.exists(path) and not (config.resume or config.overwrite or config.bench):
-            raise ValueError(f"{path} exists: --resume continues it, --overwrite starts anew, "
-                             "and another --out_dir keeps both")
+            raise ValueError(f"{path} exists: --resume continues it, --overwrite starts anew")
+        check_later_stages(settings)
+        if config.init_biart:
+            if len(runs) > 1 or settings.stage != "biart" or config.init_from or config.tokenizer:
+                raise ValueError("--init_biart is for --stage biart, and brings AugVAE and tokenizer along: "
+                                 "leave out --init_from and --tokenizer")
+            own = os.path.join(config.out_dir, "augvae_sl.pt")
+            if os.path.exists(own) and not (config.resume or config.overwrite):
+                raise ValueError(f"{own} exists, and --init_biart brings another: choose another --out_dir")
+            if os.path.realpath(config.init_biart) == os.path.realpath(config.out_dir):
+                raise ValueError(f"--init_biart {config.init_biart} needs another --out_dir")
+
+def check_later_stages(settings):
+    """ValueError if --resume would train a stage on, though a later one was made from it."""
+    config, given, stage = settings.train, settings.given, settings.stage
+    later = [f"{name}.pt" for name in STAGES[STAGES.index(stage) + 1:]
+             if os.path.exists(os.path.join(config.out_dir, f"{name}.pt"))]
+    if config.resume and later and os.path.exists(settings.path(".pt")):
+        saved = read_checkpoint(settings.path(".pt"), stage)
+        longer = config.epochs or config.max_iters > saved["progress"]["step"]
+        for name in ("max_iters", "epochs"):
+            if longer and given.get(name) != saved["settings"].get(name):
+                raise ValueError(f"--{name} {given.get(name)} would train {stage} on, but {later[-1]} was "
+                                 "made from it. To train the last stage alone for longer, give --stage biart "
+                                 "--resume; else choose another --out_dir")
 
 if __name__ == "__main__":
-    status, text = 0, ""
+    status = 0
+    sys.stdout.reconfigure(errors="backslashreplace")  # the console may lack a character
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
-        status, text = 1, error
-    except KeyboardInterrupt:
-        status, text = 1, "interrupted before training began; the checkpoints are as they were"
+    except (ValueError, OSError, KeyboardInterrupt) as error:
+        status = 1
+        print(f"train.py: {str(error) or 'interrupted'}", file=sys.stderr)
     except SystemExit as stopped:
         status = stopped.code
-    if text:
-        rank = f"rank {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
-        print(f"train.py: {rank}{text}", file=sys.stderr, flush=True)
     if dist.is_initialized():
-        # sys.exit would abort: gloo's thread may still hold tensors while Python shuts down. And
-        # destroy_process_group waits for that thread, which waits for Python (torch 2.1).
+        # gloo's thread may hold tensors while Python shuts down: sys.exit would abort, and
+        # destroy_process_group would wait for ever (torch 2.1)
         sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
