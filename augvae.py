@@ -47,7 +47,7 @@ class AugVAEConfig:
     image_size: int = 256  # side of the square image, pixels
     levels: tuple[int, ...] = (64, 32, 16, 8)  # sides of the token grids, finest first
     hidden: int = 128  # channels at ch_mult 1
-    ch_mult: tuple[int, ...] = (1, 2, 4)  # first encoder, last decoder; m entries divide the side by 2^(m-1)
+    ch_mult: tuple[int, ...] = (1, 2, 4)  # of the first encoder, the last decoder: one a resolution
     ch_mult_inner: tuple[int, ...] = derived((2, 4))  # all other encoders and decoders
     n_res_blocks: int = 2  # residual blocks per resolution (decoders: one more)
     n_groups: int = 32  # of every GroupNorm
@@ -61,9 +61,8 @@ class AugVAEConfig:
     rate: float = 0.0  # favours common codes: distance^2 + rate * variance of codes * -log p(code); 0: off
     single_level: int = derived(0)  # side of AugVAE-SL's grid; 0: AugVAE-ML
     limits = {"image_size": (1, inf), "hidden": (1, inf), "n_res_blocks": (1, inf), "n_groups": (1, inf),
-              "ae_dropout": (0, 0.99), "z_channels": (1, inf), "codebook_size": (1, inf),
-              "codebook_dim": (1, inf), "commitment": (0, inf), "vq_start": (0, inf),
-              "rate": (0, inf)}
+              "ae_dropout": (0, 0.99), "z_channels": (1, inf), "codebook_size": (1, 65536),
+              "codebook_dim": (1, inf)}
 
     def __post_init__(self):
         self.levels, self.ch_mult = tuple(self.levels), tuple(self.ch_mult)
@@ -227,7 +226,8 @@ class Codebook(nn.Module):
         return F.embedding(codes, self.weight).permute(0, 3, 1, 2)
 
     def nearest(self, z, max_scores=2 ** 22):
-        """z (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2, max_scores distances at once."""
+        """z (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2, with config.rate + the price of code k.
+        max_scores distances at once."""
         with full_fp32():
             cost = self.weight.square().sum(1)  # |z - e|^2 - |z|^2 = |e|^2 - 2 z e
             if self.config.rate:  # + rate * var * -log p_k: entropy-constrained, Chou et al. 1989
@@ -283,11 +283,11 @@ class Codebook(nn.Module):
         self.set_updates(self.n_updates + 1)
         self.cluster_size.lerp_(counts, 1 - decay)
         self.embed_sum.lerp_(sums, 1 - decay)
-        # Revived codes are light: each soon moves to where it is used, or dies again
+        # A revived code gets little weight, so that it soon moves to where it is used, or dies again
         light = 2 * DEAD_BELOW * counts.sum() / self.size
         best = candidates[:, 0].topk(min(self.max_revived, len(candidates))).indices
         dead = self.cluster_size < light / 2
-        slots = dead.byte().argsort(descending=True, stable=True)[:len(best)]  # dead codes come first
+        slots = dead.byte().argsort(descending=True, stable=True)[:len(best)]  # dead ones come first
         dead, vectors = dead[slots], candidates[best[:len(slots)], 1:]
         self.cluster_size[slots] = torch.where(dead, light, self.cluster_size[slots])
         self.embed_sum[slots] = torch.where(dead[:, None], light * vectors, self.embed_sum[slots])
@@ -315,7 +315,7 @@ class AugVAE(nn.Module):
         if c.single_level:
             depth = c.levels.index(c.single_level) + 1
         mults = [c.ch_mult] + [c.ch_mult_inner] * (depth - 1)
-        # A decoder takes its level and the coarser decoder's output, the coarsest its level alone
+        # A decoder gets its own level and the coarser decoder's output. The coarsest gets only its level
         widths = [z if i == len(c.levels) - 1 else 2 * z for i in range(depth)]
         self.encoders = nn.ModuleList(Encoder(3 if i == 0 else z, mults[i], c) for i in range(depth))
         self.pre_quant = TiedConv1x1(z, c.codebook_dim, len(c.grids))
@@ -388,8 +388,8 @@ class AugVAE(nn.Module):
 
     def single_level(self, side):
         """AugVAE-ML -> a new AugVAE-SL, to be fine-tuned: encoders down to the grid of `side`, decoders up
-        from it. Connectors begin with zeros for a missing input. ValueError for an unknown side or an
-        AugVAE-SL."""
+        from it. At first its connectors pass zeros for the missing input. ValueError for an unknown side or
+        an AugVAE-SL."""
         if self.config.single_level:
             raise ValueError(f"already AugVAE-SL, of side {self.config.single_level}")
         model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)
@@ -417,7 +417,7 @@ class AugVAE(nn.Module):
 # -----------------------------------------------------------------------------
 # Perceptual loss
 
-# Published weights: name in torch hub's cache, begin of its SHA-256, address
+# Published weights: name in torch hub's cache, start of its SHA-256, address
 VGG_FILE = "vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"
 LPIPS_FILE = (
     "lpips_vgg-a78928a0.pth", "a78928a0af1e5f0fcb1f3b9e8f8c3a2a5a3de244d830ad5c1feddc79b8432868",
@@ -458,7 +458,7 @@ class LPIPS(nn.Module):
             raise ValueError(f"{paths[0]} or {paths[1]} does not hold LPIPS's weights ({e})") from None
         self.register_buffer("shift", torch.tensor([-.030, -.088, -.188]).view(3, 1, 1))
         self.register_buffer("scale", torch.tensor([.458, .448, .450]).view(3, 1, 1))
-        self.requires_grad_(False)
+        self.requires_grad_(False).to(memory_format=torch.channels_last)
 
     def unit_features(self, images):
         """(B, 3, H, W) -> five maps (B, C, h, w), fp32, of length 1 along C."""

@@ -52,8 +52,7 @@ class BiARTConfig:
     code_dim: int = derived(256)  # length of a code vector
 
     limits = {"n_layer": (1, inf), "n_head": (1, inf), "n_embd": (1, inf), "dropout": (0, 0.99),
-              "n_text": (2, inf), "null_prob": (0, 1), "t2i_weight": (0, inf), "replace_prob": (0, 1),
-              "code_hidden": (0, inf)}
+              "n_text": (2, inf), "null_prob": (0, 1), "replace_prob": (0, 1)}
     choices = {"positions": ("modality", "sequence")}
 
     def __post_init__(self):
@@ -143,7 +142,8 @@ class CodeEmbedding(nn.Module):
 
     @property
     def weight(self):
-        """(V, C). Decoding needs it at every token, so it is computed once when there are no gradients."""
+        """(V, C). Decoding needs it at every token, so it is computed once when there are no gradients: call
+        eval() after changing weights."""
         if self.cached is not None and not torch.is_grad_enabled():
             return self.cached
         with torch.autocast(self.own.device.type, enabled=False):
@@ -433,19 +433,19 @@ class BiART(nn.Module):
         """text (N, n_text), image (N, n_image) -> log p(GEN side | REF side) in nats, summed over the GEN
         tokens from `start` on: (N,); and how many tokens that are: (N,)."""
         targets = text if to == "text" else image
-        row_size = 8 * self.config.n_embd * (self.config.n_text + self.config.n_image)  # MLP: 4 C, twice
+        row_size = 8 * self.config.n_embd * (self.config.n_text + self.config.n_image)  # numbers in an MLP
         rows = max(1, (2 ** 22 if targets.device.type == "cpu" else 2 ** 26) // row_size)  # to save memory
         nll = []
-        for some_text, some_image, some_targets in zip(*(x.split(rows) for x in (text, image, targets))):
-            h = self.transformer(self.embed(some_text, some_image, to))
-            nll.append(self.cross_entropy(h, some_targets, to)[1])
+        for i in range(0, len(targets), rows):
+            h = self.transformer(self.embed(text[i:i + rows], image[i:i + rows], to))
+            nll.append(self.cross_entropy(h, targets[i:i + rows], to)[1])
         return -torch.cat(nll)[:, start:].sum(1), self.is_scored(targets, to)[:, start:].sum(1)
 
 # -----------------------------------------------------------------------------
 # Decoding
 
-# With guidance, tokens whose p is below this share of the largest p are never chosen. Kinds of things that
-# training never showed begin with a p so small that 0.03 would forbid them: some pictures stayed empty.
+# With guidance, tokens with p below this share of the largest p are never chosen. With 0.03, some pictures of
+# kinds never seen in training stayed empty.
 PLAUSIBLE = 0.003
 
 @dataclass
@@ -472,9 +472,7 @@ def sample_token(logits, uniform, sampling):
     if sampling.top_p < 1:  # the likeliest token always stays
         p = p.masked_fill(p.cumsum(-1) - p >= sampling.top_p, 0)
     cumulative = p.cumsum(-1)
-    total = cumulative[:, -1:]
-    target = uniform[:, None] * total  # rounding may make it `total`, which no token's mass is above
-    target = torch.minimum(target, torch.nextafter(total, torch.zeros_like(total)))
+    target = uniform[:, None] * cumulative[:, -1:]  # below the total: float32's uniform <= 1 - 2^-24
     token = torch.searchsorted(cumulative, target, right=True)  # the first whose cumulative mass is above
     if ranked:
         token = order.gather(1, token)
@@ -496,7 +494,7 @@ class KVCache:
             self.kv[layer][1, :, :, :k.shape[2]] = v
             return causal_attention(q, k, v)
         kv = self.kv[layer].index_copy_(3, self.position, torch.stack([k, v]))
-        if kv.device.type == "cpu":  # what is cached so far
+        if kv.device.type == "cpu":  # the keys so far
             end = int(self.position) + 1
             return F.scaled_dot_product_attention(q, kv[0, :, :, :end], kv[1, :, :, :end])
         # A CUDA graph has fixed shapes and cannot look at a number: all keys, and a mask over those to come

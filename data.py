@@ -55,12 +55,9 @@ class Dataset:
 
     def stamp(self):
         """A hash of the sizes and times of all files()."""
-        stats = []
-        for i in range(len(self)):
-            for path in self.files(i):
-                stat = os.stat(path) if os.path.exists(path) else None
-                stats.append(stat and (stat.st_size, stat.st_mtime_ns))
-        return fingerprint(stats)
+        paths = [path for i in range(len(self)) for path in self.files(i)]
+        stats = [os.stat(path) for path in paths if os.path.exists(path)]
+        return fingerprint([(stat.st_size, stat.st_mtime_ns) for stat in stats])
 
 def fingerprint(*parts):
     """Arrays, plain values -> a short hash."""
@@ -253,7 +250,7 @@ def decode_captions(content, name):
     return captions
 
 def clean_captions(texts):
-    """-> the texts without control characters, white space folded. Empty ones, and what is no text, go."""
+    """-> the texts without control characters, white space folded. Drops empty texts and other objects."""
     captions = []
     for text in texts:
         if isinstance(text, str):
@@ -303,7 +300,7 @@ class Tar(Dataset):
     def __init__(self, paths, index_dir="", log=""):
         indices = {}
         for [path] in progress(random.Random().sample(paths, len(paths)), 1, "indexing tar shards"):
-            indices[path] = index_shard(path, index_dir, log)  # ranks take random orders, to share the work
+            indices[path] = index_shard(path, index_dir, log)  # random order: ranks share the work
         samples = np.concatenate([indices[path] for path in paths])
         shard = np.repeat(np.arange(len(paths)), [len(indices[path]) for path in paths])
         has_text = samples[:, 3] > 0
@@ -415,12 +412,10 @@ class DataConfig:
     val_captions: str = ""  # coco: captions JSON of the validation images
     n_scenes: int = 12288  # scenes: how many different ones to train on
     crop_scale: float = 0.75  # smallest training crop, share of the centre square; 1 = centre crop
-    workers: int = 0  # loader processes per rank; 0: the training process reads
+    workers: int = -1  # loader processes per rank; 0: none; -1: none on a CPU, 2 to 4 on a GPU
 
-    limits = {"n_scenes": (1, inf), "crop_scale": (1e-3, 1), "workers": (0, inf)}
+    limits = {"n_scenes": (1, inf), "crop_scale": (1e-3, 1), "workers": (-1, inf)}
     choices = {"data": ("scenes", "imagenet", "folder", "pairs", "coco", "tsv", "tar")}
-
-UNCAPTIONED = ("imagenet", "folder")
 
 def open_data(config, split, log="", index_dir=""):
     """Split train, val or (scenes) heldout -> data set. log, index_dir: see index_shard()."""
@@ -576,11 +571,11 @@ class BatchReader(torch.utils.data.Dataset):
 def read_batches(read, keys, n, *, replace=False, seed=0, log="", workers=0):
     """For each batch of (index, position), yield a list of read(index, rng), without what is Unreadable. With
     `replace`, for training, random others take its place, and samples are stacked. rng depends on seed and
-    position. The log names each fault once. OSError if over half of the first 1,000 reads fail."""
+    position. The log names each fault once. OSError if more than `few` reads, and half of all, fail."""
     loader = torch.utils.data.DataLoader(
         BatchReader(read, n, replace, seed), batch_size=None, sampler=keys, collate_fn=tuple,
         num_workers=workers, pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # its own
-    few = 500 if replace else min(n, 1000) / 2  # so few failures are no error yet
+    few = 500 if replace else min(n, 1000) / 2  # up to so many failures are no error
     logged, reads, failures = set(), 0, 0
     for samples, n_reads, faults in loader:
         reads, failures = reads + n_reads, failures + len(faults)
@@ -709,8 +704,8 @@ class TokenSource:
 
 def cache_tokens(source, encode, folder, *, anew=False, rank=0, world=1, all_reduce=lambda x: x):
     """Encode a TokenSource into a folder, for Tokens(). The ranks share the missing blocks. encode: images
-    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. Tokens made from
-    other data or by another model are replaced, with `anew` all are. OSError if most samples fail."""
+    (B, 3, size, size) -> codes (B, n_image). all_reduce: a CPU tensor -> its sum over ranks. Starts
+    over if the data or a model has changed, or if `anew`. OSError if most samples fail."""
     key, key_file = source.key(), os.path.join(folder, "key.json")
     found = json.loads(read_text(key_file)) if os.path.exists(key_file) and not anew else {}
     differ = [name for name, value in key.items() if found.get(name) != value]
@@ -725,7 +720,7 @@ def cache_tokens(source, encode, folder, *, anew=False, rank=0, world=1, all_red
 
     n, indices = len(source.dataset), []
     paths = [os.path.join(folder, f"{block:05d}.npy") for block in range(ceil(n / BLOCK))]
-    # rank 0 looks: on a network file system, ranks may see different files
+    # Rank 0 alone looks: on a network file system, ranks may see different files
     missing = torch.tensor([rank == 0 and not os.path.exists(path) for path in paths], dtype=torch.int32)
     for block in all_reduce(missing).nonzero().flatten().tolist()[rank::world]:
         indices += range(block * BLOCK, min(n, (block + 1) * BLOCK))
@@ -863,7 +858,7 @@ def paraphrases(things, relation, rng):
 
 def name_thing(thing, article, full, rng):
     """-> "a small red circle" or, unless `full`, a part: "a red circle", "something small"."""
-    kept = 7 if full else rng.randrange(1, 8)  # bits: 1 keeps the size, 2 the colour, 4 the shape
+    kept = 7 if full else rng.randrange(1, 8)  # what is named, as bits: 1 size, 2 colour, 4 shape
     words = [rng.choice(WORDS.get(word, (word,))) for word, bit in zip(thing, (1, 2, 4)) if kept & bit]
     if not kept & 4:  # the shape is left out
         return "something " + " and ".join(words)
@@ -940,9 +935,9 @@ def read_thing(pixels, distance, mask):
     cover = np.clip(distance / np.linalg.norm(colour - np.float32(BACKGROUND)), 0, 1) * mask
     ys, xs = np.nonzero(mask)
     x, y = int(xs.min() + xs.max()) // 2, int(ys.min() + ys.max()) // 2
-    around = np.pad(cover, 12)[y + 2:y + 24, x + 2:x + 23]  # templates may move by -1 to 2, -1 to 1
-    fields = np.lib.stride_tricks.sliding_window_view(around, (19, 19))[:, :, None]  # (4, 3, 1, 19, 19)
-    errors = np.square(fields - list(TEMPLATES.values())).sum((3, 4))  # (4, 3, templates)
+    around = np.pad(cover, 12)[y + 2:y + 24, x + 2:x + 23]  # room to move by -1 to 2 rows, -1 to 1 columns
+    windows = np.lib.stride_tricks.sliding_window_view(around, (19, 19))[:, :, None]  # (4, 3, 1, 19, 19)
+    errors = np.square(windows - list(TEMPLATES.values())).sum((3, 4))  # (4, 3, templates)
     size, shape = list(TEMPLATES)[errors.min((0, 1)).argmin()]
     return (size, list(COLOURS)[nearest], shape), (x, y)
 

@@ -80,10 +80,11 @@ class SampleConfig:
     temperature: float = 1.0  # below 1 is more careful, 0 takes the likeliest token
     top_k: int = 0  # sample from the k likeliest tokens; 0: from all
     top_p: float = 1.0  # sample from the likeliest tokens that sum to this probability
-    guidance: float = GUIDANCE  # classifier-free guidance: above 1 follows the input more closely
+    guidance: float = GUIDANCE["image"]  # of painting: above 1 follows the caption more closely
+    caption_guidance: float = GUIDANCE["text"]  # of captioning
     seed: int = 0  # of the first sample; samples count up from it, inputs in steps of 1000
     rerank: int = 8  # draw so many candidates an input and show the n that explain it best; 1: as drawn
-    rerank_forward: float = 0.2  # share of log p(candidate | input) in that, beside log p(input | candidate)
+    rerank_forward: float = 0.2  # weight in it of log p(candidate | input), beside log p(input | candidate)
     beam: int = 0  # caption by a search with this many beams; 0 samples
     length_penalty: float = 1.0  # beams are ranked by log p / length ** this
     # Where and how to compute
@@ -91,10 +92,9 @@ class SampleConfig:
     dtype: str = "auto"  # float32, bfloat16 or float16; auto: the fastest here
     download: bool = False  # fetch the networks of FID and LPIPS for --eval if torch hub's cache lacks them
 
-    limits = {"keep_rows": (0, inf), "eval_items": (1, inf), "port": (0, 65535), "n": (1, 1000),
-              "batch_size": (1, inf), "temperature": (0, 1e6), "top_k": (0, inf), "top_p": (1e-6, 1),
-              "guidance": (0, 1e6), "seed": (0, 1e18), "rerank": (1, 1000), "rerank_forward": (0, 1),
-              "beam": (0, inf), "length_penalty": (0, inf)}
+    limits = {"eval_items": (1, inf), "port": (0, 65535), "n": (1, 1000), "batch_size": (1, inf),
+              "temperature": (0, 1e6), "top_p": (1e-6, 1), "guidance": (0, 1e6), "caption_guidance": (0, 1e6),
+              "seed": (0, 1e18), "rerank": (1, 1000), "rerank_forward": (0, 1)}  # of others: from 0
     choices = {"dtype": ("auto", "float32", "bfloat16", "float16")}
 
 # -----------------------------------------------------------------------------
@@ -190,11 +190,13 @@ class Run:
         with self.context.autocast():
             if searching:
                 seeds = [None] * len(repeated)
-                tokens = self.biart.beam_search(ref, n, prefix, c.length_penalty, c.guidance)[0].flatten(0, 1)
+                tokens, _ = self.biart.beam_search(ref, n, prefix, c.length_penalty, c.caption_guidance)
+                tokens = tokens.flatten(0, 1)
                 forward, _ = self.biart.log_likelihood(tokens, repeated, "text", prefix.shape[1])
             else:
                 seeds = [c.seed + 1000 * i + j for i in indices for j in range(n)]
-                sampling = Sampling(c.temperature, c.top_k, c.top_p, c.guidance)
+                guidance = c.guidance if to == "image" else c.caption_guidance
+                sampling = Sampling(c.temperature, c.top_k, c.top_p, guidance)
                 tokens, forward = self.biart.generate(ref, to, n, prefix, sampling, seeds, on_token)
             if to == "image":
                 reverse, _ = self.biart.log_likelihood(repeated, tokens, "text")
@@ -209,7 +211,7 @@ class Run:
         return groups
 
     def rerank_score(self, record):
-        """What --rerank orders by. By `reverse` alone, a deformed circle would count as a circle."""
+        """What --rerank sorts by. `reverse` alone would accept a deformed circle as a circle."""
         share, scores = self.config.rerank_forward, record["scores"]
         return share * scores["forward"] + (1 - share) * scores["reverse"]
 
@@ -292,7 +294,7 @@ def read_images(run, paths):
 def save_samples(run, name, rows, columns=8):
     """Write records: each picture, as soon as it is there, to {name}_{i}.png; what is known of them to
     samples.json; and a sheet of pictures over their captions, the first 64 rows, to {name}.png."""
-    entries, columns = [], columns if 2 <= columns <= 16 else 8
+    entries, columns = [], columns if 2 <= columns <= 16 else 8  # no sheet of one column, or too wide
     for row in rows:
         for record in row:
             file = f"{name}_{len(entries)}.png"
@@ -606,7 +608,8 @@ def generation_scores(run, dataset, inception=None):
     prompts, n, scores = data.one_caption_each(references), run.config.rerank, {}
 
     def first_and_best(group):
-        return min(group, key=lambda record: record["seed"] or 0), group[0]  # beams have no seeds
+        # The smallest seed was drawn first. Beams have none
+        return min(group, key=lambda record: record["seed"] or 0), group[0]
 
     painted = [first_and_best(group) for group in run.paint_all(prompts, n)]
     captioned = [first_and_best(group) for group in run.caption_all(images, n)]

@@ -106,20 +106,12 @@ def learn_merges(word_counts, first_id, n_merges):
 
 def apply_merges(ids, pair_ids):
     """Merges one word, the earliest learned pair first: ([1, 2, 2], {(2, 2): 8, (1, 8): 9}) -> [9]."""
-    ids = [*ids, None]  # no pair has None: it is behind the last id and, as ids[-1], before the first
-    before, after = list(range(-1, len(ids) - 1)), list(range(1, len(ids)))  # neighbours not merged away
-    heap = sorted((pair_ids[pair], i, i + 1) for i, pair in enumerate(pairs(ids)) if pair in pair_ids)
-    while heap:  # a sorted list is a heap
-        new_id, i, j = heappop(heap)  # the earliest merge has the smallest id
-        if pair_ids.get((ids[i], ids[j])) != new_id:
-            continue  # an earlier one took i or j
-        ids[i], ids[j] = new_id, None
-        after[i] = after[j]
-        before[after[i]] = i
-        for left, right in ((before[i], i), (i, after[i])):
-            if (ids[left], ids[right]) in pair_ids:
-                heappush(heap, (pair_ids[ids[left], ids[right]], left, right))
-    return [i for i in ids if i is not None]
+    while True:
+        known = [pair for pair in pairs(ids) if pair in pair_ids]
+        if not known:
+            return ids
+        pair = min(known, key=pair_ids.get)  # the earliest merge has the smallest id
+        ids = replace_pair(ids, pair, pair_ids[pair])
 
 # -----------------------------------------------------------------------------
 # The two kinds of tokenizer
@@ -175,7 +167,7 @@ class Tokenizer:
         byte_order = VISIBLE + HIDDEN if clip else bytes(range(256))
         self.byte_ids = bytes(byte_order.index(b) for b in range(256))  # byte -> id, for bytes.translate
         self.vocab = [bytes([b]) for b in byte_order]  # id -> bytes
-        if clip:  # 256..511: the last byte of a word
+        if clip:  # ids 256 to 511: the same bytes, where they end a word
             self.vocab += [token + b" " for token in self.vocab]
         self.pair_ids = {pair: i for i, pair in enumerate(self.merges, len(self.vocab))}
         for left, right in self.merges:  # fails if a merge is no pair of earlier ids
@@ -220,7 +212,7 @@ class Tokenizer:
         """`length` ids (text, end, pads), and whether text was cut. ValueError if length is below 1."""
         if length < 1:
             raise ValueError(f"length is {length} but must be at least 1")
-        ids = [i for i in self.encode(text) if i not in (self.end, self.pad)]  # a text may name them
+        ids = [i for i in self.encode(text) if i not in (self.end, self.pad)]  # CLIP's text may spell them
         padded = ids[:length - 1] + [self.end] + [self.pad] * (length - 1 - len(ids))
         return padded, len(ids) >= length
 

@@ -1,7 +1,7 @@
 """
 Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, with one loop.
 
-On a laptop, all three stages on the built-in scenes (a quarter of an hour on 2 CPU cores):
+On a laptop, all three stages on the built-in scenes (15 to 30 minutes on 2 CPU cores):
 $ python train.py
 
 On your own captioned pictures, here in the MS-COCO layout:
@@ -50,7 +50,7 @@ from tokenizer import Tokenizer
 
 STAGES = ("augvae_ml", "augvae_sl", "biart")
 LOSSES = {"l2": F.mse_loss, "l1": F.l1_loss}  # between an image and its reconstruction
-GUIDANCE = 4.0  # of the pictures that training draws, and the default of sample.py
+GUIDANCE = {"image": 4.0, "text": 1.5}  # of generated samples. Captions suffer if it is strong
 
 @dataclass
 class TrainConfig:
@@ -93,12 +93,10 @@ class TrainConfig:
     checkpoint_activations: bool = False  # recompute blocks in the backward pass: saves memory, takes time
     bench: bool = False  # time a step of a stage on random data instead of training
 
-    limits = {"seed": (0, 2 ** 31), "max_iters": (0, inf), "epochs": (0, 1e6), "batch_size": (1, inf),
-              "gradient_accumulation_steps": (1, inf), "learning_rate": (0, inf), "warmup_iters": (0, inf),
-              "weight_decay": (0, inf), "beta2": (0, 0.9999), "grad_clip": (0, inf),
-              "lpips_weight": (0, inf), "token_grid": (1, inf), "vocab_size": (258, 65536),
+    limits = {"seed": (0, 2 ** 31), "epochs": (0, 1e6), "batch_size": (1, inf), "beta2": (0, 0.9999),
+              "gradient_accumulation_steps": (1, inf), "token_grid": (1, inf), "vocab_size": (258, 65536),
               "cache_crops": (1, inf), "eval_interval": (1, inf), "eval_images": (1, inf),
-              "log_interval": (1, inf)}
+              "log_interval": (1, inf)}  # of others: from 0
     choices = {"stage": (*STAGES, "all"), "preset": ("tiny", "small", "released"),
                "optimizer": ("adamw", "muon"), "loss": tuple(LOSSES),
                "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -167,7 +165,7 @@ def train(settings):
     objective, batches, val_batches, progress, saved = prepare(settings, context)
     optimizer, scaler = make_optimizer(objective.model, config, context, saved)
     network = wrap(objective, config, context)
-    log = Log(settings, objective, progress, context)
+    log = Log(settings, objective, val_batches[0], progress, context)
     last = {}  # what the log says of the last step
     saved_step, stopping = progress.step if saved else None, False
     n_micro_steps = config.gradient_accumulation_steps
@@ -193,7 +191,7 @@ def train(settings):
                 # Under DDP, the last backward pass adds the gradients up over all ranks
                 network.require_backward_grad_sync = micro_step == n_micro_steps - 1
                 with context.autocast():
-                    micro_loss, parts = network(*context.to_device(next(batches)))
+                    micro_loss, parts = network(*context.to_device(log.wait_for(batches)))
                 scaler.scale(micro_loss / n_micro_steps).backward()
                 loss += micro_loss.detach().float() / n_micro_steps
 
@@ -201,9 +199,8 @@ def train(settings):
             scaler.unscale_(optimizer)
             grad_norm = nn.utils.clip_grad_norm_(objective.model.parameters(), config.grad_clip or inf)
             # One all-reduce, and one look at the device: mean loss, norm, whether any rank caught a signal
-            caught = torch.full_like(loss, signals.number > 0)
-            numbers = torch.stack([loss / context.world, grad_norm / context.world, caught])
-            loss, grad_norm, caught = context.all_reduce(numbers).tolist()
+            numbers = torch.stack([loss, grad_norm, torch.full_like(loss, signals.number > 0)])
+            loss, grad_norm, caught = context.all_reduce(numbers / context.world).tolist()
             stopping = caught > 0
             finite = math.isfinite(loss + grad_norm)
             lr = get_lr(progress.step, config, progress.max_iters)
@@ -218,7 +215,7 @@ def train(settings):
             progress.count(finite)
             log.seconds += time.monotonic() - began
     if stopping or signals.number:
-        context.print0(f"{settings.stage} stopped at step {progress.step} and saved {settings.path('.pt')}: "
+        data.print0(f"{settings.stage} stopped at step {progress.step} and saved {settings.path('.pt')}: "
                        "--resume continues there")
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
     log.finish(progress)
@@ -281,6 +278,7 @@ class AugVAEObjective(nn.Module):
         self.key = {"config": asdict(vae.config)}  # the same in a checkpoint and the run that resumes it
 
     def forward(self, images):
+        images = images.contiguous(memory_format=torch.channels_last)
         reconstruction, commitment, _ = self.model(images, collect=self.training)
         reconstruction = reconstruction.float()
         pixel = self.pixel_loss(reconstruction, images)
@@ -312,6 +310,7 @@ class BiARTObjective(nn.Module):
         super().__init__()
         self.model, self.tokenizer = biart, tokenizer
         self.vae = [vae]  # in a list, because a submodule would be trained
+        biart.use_cuda_graphs = False  # a refused capture can break the random numbers of training
         self.key = {**made_from, "config": asdict(biart.config)}
 
     def forward(self, text, image, null):
@@ -323,9 +322,8 @@ class BiARTObjective(nn.Module):
     def picture(self, text, image, null):
         """Paintings over their captions, then images over the captions that they are given."""
         text, image = text[:16:2], image[:16:2]  # every sample is there twice
-        sampling = Sampling(guidance=GUIDANCE)
-        painted, _ = self.model.generate(text, "image", sampling=sampling)
-        ids, _ = self.model.generate(image, "text", sampling=sampling)
+        painted, _ = self.model.generate(text, "image", sampling=Sampling(guidance=GUIDANCE["image"]))
+        ids, _ = self.model.generate(image, "text", sampling=Sampling(guidance=GUIDANCE["text"]))
         captions = [self.tokenizer.decode(row.tolist()) for row in torch.cat([text, ids])]
         side, [vae] = self.model.config.image_side, self.vae
         decoded = vae.decode([torch.cat([painted, image]).view(-1, side, side)])
@@ -364,16 +362,16 @@ def prepare(settings, context):
     progress = Progress(**saved["progress"]) if saved else Progress()
     progress.samples_per_step = context.world * config.batch_size * config.gradient_accumulation_steps
     progress.max_iters = config.max_iters
-    if config.epochs:  # of samples, for perhaps the number of ranks has changed
+    if config.epochs:  # counted in samples: the number of ranks may have changed
         n_left = config.epochs * len(train_view) - progress.samples
         progress.max_iters = progress.step + max(0, math.ceil(n_left / progress.samples_per_step))
     n_parameters = sum(p.numel() for p in objective.model.parameters())
-    context.print0(f"{settings.stage}: {n_parameters / 1e6:.2f} M parameters, {len(train_view):,} training "
+    data.print0(f"{settings.stage}: {n_parameters / 1e6:.2f} M parameters, {len(train_view):,} training "
                    f"images, {progress.samples_per_step} a step, from step {progress.step}, on "
                    f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
     batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
-                           rank=context.rank, world=context.world, workers=settings.data.workers,
-                           log=bad_images)
+                           rank=context.rank, world=context.world,
+                           workers=context.workers(settings.data.workers), log=bad_images)
     return objective, batches, validation_batches(val_view, settings, context), progress, saved
 
 def validation_batches(view, settings, context):
@@ -431,17 +429,19 @@ def prepare_biart(settings, train_set, val_set, resumed, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    views = []
-    for split, dataset, crops, null_prob in (("train", train_set, config.cache_crops, biart_config.null_prob),
-                                             ("val", val_set, 1, 0.0)):
+    def tokens(split, dataset, crops, null_prob):
         source = data.TokenSource(
             dataset, tokenizer, biart_config.n_text, vae.config.image_size, made_from, crops,
-            settings.data.crop_scale, settings.path("_bad_images.log"), settings.data.workers)
+            settings.data.crop_scale, settings.path("_bad_images.log"),
+            context.workers(settings.data.workers))
         folder = os.path.join(config.out_dir, "tokens", split)
         data.cache_tokens(source, encode, folder, anew=config.overwrite and not resumed,
                           rank=context.rank, world=context.world, all_reduce=context.all_reduce)
-        views.append(data.Tokens(folder, null_prob))
-    return BiARTObjective(biart, vae, tokenizer, made_from), *views
+        return data.Tokens(folder, null_prob)
+
+    train_view = tokens("train", train_set, config.cache_crops, biart_config.null_prob)
+    val_view = tokens("val", val_set, 1, 0.0)
+    return BiARTObjective(biart, vae, tokenizer, made_from), train_view, val_view
 
 def read_augvae(settings, stage, path=""):
     """The AugVAE at a path, or that of a stage of this run. ValueError if it contradicts the command line."""
@@ -449,7 +449,7 @@ def read_augvae(settings, stage, path=""):
     if not os.path.exists(path):
         raise ValueError(f"no checkpoint {path}: --stage {stage} makes it")
     vae = AugVAE.load(path)
-    vae.config.rate = settings.augvae.rate  # may change
+    vae.config.rate = settings.augvae.rate  # --rate need not be the checkpoint's
     found = {**asdict(vae.config), "token_grid": vae.config.single_level or settings.train.token_grid}
     for key, value in found.items():
         if settings.given.get(key, value) != value:
@@ -466,7 +466,7 @@ def prepare_tokenizer(settings, train_set, context):
     else:
         captions = data.all_captions(train_set, settings.path("_bad_images.log"))
         tokenizer = Tokenizer.train(captions, config.vocab_size)
-        context.print0(f"tokenizer: {len(tokenizer)} tokens from {len(captions):,} captions")
+        data.print0(f"tokenizer: {len(tokenizer)} tokens from {len(captions):,} captions")
     if begun and Tokenizer.load(path).fingerprint() != tokenizer.fingerprint():
         raise ValueError(f"--tokenizer {config.tokenizer} contradicts {path}, with which the run began")
     if context.rank == 0 and not begun:
@@ -561,7 +561,7 @@ def make_config(cls, values):
         choices = getattr(cls, "choices", {}).get(name, (value,))
         if value not in choices:
             raise ValueError(f"--{name} {value!r} is none of: {', '.join(choices)}")
-        low, high = cls.limits.get(name, (value, value))
+        low, high = cls.limits.get(name, (0, inf)) if type(value) in (int, float) else (value, value)
         if not low <= value <= high:  # nor is NaN
             raise ValueError(f"--{name} {value} is not in the range from {low} to {high}")
     return cls(**values)
@@ -632,15 +632,37 @@ class Context:
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.set_float32_matmul_precision("high")  # TF32; the codebook asks for full fp32 by itself
+            torch.backends.cudnn.benchmark = True  # shapes do not change
         if self.world > 1 and not dist.is_initialized():
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             # Long, because rank 0 draws pictures alone
             dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
-        self.dtype = getattr(torch, best_dtype(self.device) if dtype == "auto" else dtype)
-        devices = {"float16": ["cuda"], "bfloat16": ["cuda", "cpu"]}
-        if dtype in devices and self.device.type not in devices[dtype]:
-            raise ValueError(f"--dtype {dtype} cannot be used on {self.device}: "
-                             f"it needs {' or '.join(devices[dtype])}")
+        self.dtype = getattr(torch, self.best_dtype() if dtype == "auto" else dtype)
+        if self.dtype is torch.float16 and self.device.type != "cuda":
+            raise ValueError(f"--dtype float16 cannot be used on {self.device}: it needs cuda")
+
+    def best_dtype(self):
+        """The fastest type that the device has in hardware."""
+        if self.device.type != "cuda":
+            return "float32"
+        if torch.cuda.get_device_capability(self.device) >= (8, 0):
+            return "bfloat16"
+        # Iluvatar's cards say 7.1 and have bfloat16. V100 and T4 emulate it, which is slow
+        x = torch.randn(4096, 4096, device=self.device)
+        try:
+            y = x.bfloat16()
+            right = torch.allclose((y @ y).float(), x @ x, rtol=0.1, atol=5.0)  # sums have a deviation of 64
+            faster = self.timeit(lambda: y @ y) < self.timeit(lambda: x @ x)
+        except RuntimeError:
+            right = faster = False
+        return "bfloat16" if right and faster else "float16"
+
+    def workers(self, asked):
+        """Loader processes of a rank: as asked, or by default some for a GPU and none for a CPU."""
+        if asked < 0 and self.device.type == "cuda":
+            ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            return min(4, max(2, os.cpu_count() // ranks_here - 1))
+        return max(asked, 0)
 
     def autocast(self):
         if self.dtype is torch.float32:
@@ -661,10 +683,6 @@ class Context:
     def barrier(self):
         """Wait for all ranks. NCCL's all_reduce only enqueues, so look at its result."""
         self.all_reduce(torch.zeros(1, device=self.device)).item()
-
-    def print0(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
 
     def timeit(self, function):
         """Seconds that a call takes, the device's part included."""
@@ -693,12 +711,6 @@ class Context:
         n = 8192 if self.device.type == "cuda" else 2048
         a = torch.randn(n, n, device=self.device, dtype=self.dtype)
         return 2 * n ** 3 / min(self.timeit(lambda: a @ a) for _ in range(10))
-
-def best_dtype(device):
-    """The fastest type that the device has in hardware. Cards before Ampere only emulate bfloat16."""
-    if device.type != "cuda":
-        return "float32"
-    return "bfloat16" if torch.cuda.get_device_capability(device) >= (8, 0) else "float16"
 
 # -----------------------------------------------------------------------------
 # Optimizer; DDP, torch.compile and activation checkpointing
@@ -782,7 +794,7 @@ def wrap(objective, config, context):
 
 def recomputed(forward, *args):
     """forward(*args), which runs again in the backward pass and keeps only its inputs until then."""
-    if not torch.is_grad_enabled():  # checkpoint() reads the generator, which no CUDA graph allows
+    if not torch.is_grad_enabled():  # nothing to save, and checkpoint() would break a CUDA graph
         return forward(*args)
     return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False)
 
@@ -791,12 +803,20 @@ def recomputed(forward, *args):
 
 class Log:
     """A row of numbers for each logged step, on the screen and in {stage}.csv. Rank 0 writes it."""
+    columns = ("step", "loss", "val_loss", "lr", "grad_norm", "skipped", "ms", "images_per_s", "peak_share",
+               "peak_gb", "waiting")  # ms: of a step; waiting: share of the time in which no data was there
 
-    def __init__(self, settings, objective, progress, context):
-        self.settings, self.context = settings, context
-        self.first_step, self.seconds = progress.step, 0.0  # seconds: spent in training steps
-        self.columns = ["step", "loss", "val_loss", "lr", "grad_norm", "skipped", "images_per_s", "peak_gb",
-                        *objective.columns]
+    def __init__(self, settings, objective, batch, progress, context):
+        self.settings, self.context, self.first_step = settings, context, progress.step
+        self.seconds = self.waited = 0.0  # in training steps; for data
+        self.columns = (*self.columns, *objective.columns)
+        self.peak = None
+        if context.device.type == "cuda":  # operations a second, and of a step: 3 times a forward pass
+            self.peak = context.peak_flops()
+            with FlopCounterMode(display=False) as counter, context.autocast(), torch.no_grad():
+                objective(*context.to_device(batch))
+            share = progress.samples_per_step / context.world / len(batch[0])
+            self.flops = 3 * counter.get_total_flops() * share
         header = {name: name for name in self.columns}
         self.write_csv("w", [header, *progress.rows])
 
@@ -808,6 +828,13 @@ class Log:
                 values = [row.get(name, "") for name in self.columns]
                 f.write(",".join(f"{x:.6g}" if isinstance(x, float) else str(x) for x in values) + "\n")
 
+    def wait_for(self, batches):
+        """The next batch."""
+        began = time.monotonic()
+        batch = next(batches)
+        self.waited += time.monotonic() - began
+        return batch
+
     def write(self, progress, last):
         """Write a row. last: numbers of the last step, and val_loss if it was computed, by name."""
         row = {"step": progress.step, **{name: float(value) for name, value in last.items()}}
@@ -815,21 +842,23 @@ class Log:
         if "loss" in row:  # not before the first step
             seconds = self.seconds / (progress.step - self.first_step)  # a step
             left = datetime.timedelta(seconds=round(seconds * (progress.max_iters - progress.step)))
-            row.update(skipped=progress.skipped, images_per_s=progress.samples_per_step / seconds,
-                       peak_gb=self.context.peak_gb())
+            row.update(skipped=progress.skipped, ms=1000 * seconds, waiting=self.waited / self.seconds,
+                       images_per_s=progress.samples_per_step / seconds, peak_gb=self.context.peak_gb())
+            if self.peak:
+                row["peak_share"] = self.flops / seconds / self.peak
             progress.rows.append(row)
             self.write_csv("a", [row])
         numbers = " ".join(f"{name} {row[name]:.4g}" for name in self.columns[1:] if name in row)
         place = f"{self.settings.stage} {progress.step}/{progress.max_iters}"
-        self.context.print0(f"{place} {numbers} ETA {left}")
+        data.print0(f"{place} {numbers} ETA {left}")
 
     def finish(self, progress):
         path, n_steps = self.settings.path, progress.step - self.first_step
-        self.context.print0(f"{self.settings.stage}: {n_steps} steps in {self.seconds:.0f} s, "
+        data.print0(f"{self.settings.stage}: {n_steps} steps in {self.seconds:.0f} s, "
                             f"saved to {path('.pt')}")
         faults = data.count_read_errors(path("_bad_images.log"))
         if faults:
-            self.context.print0(f"{faults:,} files could not be read: see {path('_bad_images.log')}")
+            data.print0(f"{faults:,} files could not be read: see {path('_bad_images.log')}")
 
 # -----------------------------------------------------------------------------
 # How fast?
@@ -868,7 +897,7 @@ def bench(settings):
         step()
     seconds = statistics.median(context.timeit(step) for _ in range(5))
     share = counter.get_total_flops() / seconds / context.peak_flops()
-    context.print0(f"{settings.stage}: {1000 * seconds:.0f} ms a step of {B}, "
+    data.print0(f"{settings.stage}: {1000 * seconds:.0f} ms a step of {B}, "
                    f"{context.world * B / seconds:.1f} images/s, {share:.0%} of the device's "
                    f"peak in matrix products, {context.peak_gb():.2f} GB at most, {str(context.dtype)[6:]}")
 
@@ -902,7 +931,7 @@ def check_settings(runs):
             raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
         if config.epochs and "max_iters" in given:
             raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters}: give one of them")
-        if settings.stage == "biart" and settings.data.data in data.UNCAPTIONED:
+        if settings.stage == "biart" and settings.data.data in ("imagenet", "folder"):
             raise ValueError(f"--data {settings.data.data} has no captions, which --stage biart needs")
         if settings.stage == "biart" and config.batch_size % 2:
             raise ValueError(f"--batch_size {config.batch_size} is odd: half of a batch runs each way")
