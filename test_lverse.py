@@ -30,12 +30,16 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import textwrap
 import threading
 import time
+import warnings
+import zlib
 from argparse import Namespace
 from collections import Counter
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -44,7 +48,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.random import RandomState
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from pytest import approx, fixture, mark, param, raises, skip, warns
 from torch import allclose, equal, nn
 from torch._subclasses import fake_tensor
@@ -59,7 +63,7 @@ import data
 import sample
 import tokenizer as tokenizer_module
 import train
-from augvae import LPIPS, AugVAE, AugVAEConfig, Codebook
+from augvae import EMA_EPS, LPIPS, AugVAE, AugVAEConfig, Codebook
 from biart import (GEN, OTHER, PLAUSIBLE, REF, BiART, BiARTConfig, Block, GraphedStep, LinearAfter,
                    LinearCrossEntropy, Sampling, linear_after, norm_linear, sample_token)
 from data import (DataConfig, crop_to_tensor, draw_things, facts, load_image, matches, parse_caption,
@@ -952,6 +956,120 @@ def test_contact_sheets(tmp_path, capsys):
     assert Image.open(tmp_path / "made.png").size == (2 * 134 + 6, 64 * 153 + 6)
     assert "the first 64 rows" in capsys.readouterr().out and len(os.listdir(tmp_path)) == 2 * 65 + 2
 
+def png16(path, kind, colour, clear):
+    """A PNG of one 16-bit colour. kind: 0 grey, 2 RGB. clear: the transparent colour."""
+    colour, clear = (np.array(x, ">u2").tobytes() for x in (colour, clear))
+    content = b"\x89PNG\r\n\x1a\n"
+    for name, body in ((b"IHDR", bytes([0, 0, 0, 4, 0, 0, 0, 4, 16, kind, 0, 0, 0])), (b"tRNS", clear),
+                       (b"IDAT", zlib.compress((b"\0" + colour * 4) * 4)), (b"IEND", b"")):
+        content += len(body).to_bytes(4, "big") + name + body + zlib.crc32(name + body).to_bytes(4, "big")
+    path.write_bytes(content)
+    return path
+
+def test_deep_images(tmp_path):
+    tif, pgm, grey = tmp_path / "a.tif", tmp_path / "a.pgm", np.full((8, 8), 257 * 100, np.uint16)
+    pgm.write_bytes(b"P5 8 8 65535\n" + grey.astype(">u2").tobytes())
+    Image.fromarray(grey).save(tif)
+    for path, expected in ((tif, 100), (pgm, 100),
+                           (png16(tmp_path / "a.png", 0, [257 * 40], [257 * 40]), 255),
+                           (png16(tmp_path / "b.png", 0, [257 * 40], [257 * 40 + 1]), 40),
+                           (png16(tmp_path / "c.png", 2, [257 * 40, 0, 5], [257 * 40, 0, 5]), 255)):
+        assert (np.asarray(load_image(path)) == expected).all(), path
+    whole = tif.read_bytes()  # in it, a tag's number, its type, count and value
+    for name, tag, value in (("twelve", b"\x02\1\3\0\1\0\0\0", 12), ("inverted", b"\x06\1\3\0\1\0\0\0", 0)):
+        at = whole.index(tag) + len(tag)
+        (tmp_path / f"{name}.tif").write_bytes(whole[:at] + bytes([value]) + whole[at + 1:])
+    for name, dtype in (("float", np.float32), ("deep", np.int32)):
+        Image.fromarray(grey.astype(dtype)).save(tmp_path / f"{name}.tif")
+    for name in ("twelve", "inverted", "float", "deep"):
+        with raises(data.Unreadable, match=f"{name}.tif is not .* has no certain white"):
+            load_image(tmp_path / f"{name}.tif")
+
+def test_metadata_and_postscript(tmp_path):
+    notes, image = PngImagePlugin.PngInfo(), Image.new("RGB", (8, 8), "red")
+    notes.add_text("parameters", "x" * 2_000_000, zip=True)
+    image.save(tmp_path / "notes.png", pnginfo=notes)
+    assert load_image(tmp_path / "notes.png").getpixel((0, 0)) == (255, 0, 0)
+    image.save(tmp_path / "eps.png", "EPS")  # would start Ghostscript
+    with raises(data.Unreadable, match="eps.png is not an image that can be read .unknown format"):
+        load_image(tmp_path / "eps.png")
+
+def test_captions_are_cleaned(tmp_path):
+    odd, clean = "\ta\0 \x07\x1bcat \u3000on\x7f\x9f a\x85mat ", "a cat on a mat"
+    path, picture = tmp_path / "captions.json", noise(tmp_path / "0.png", 0)
+    texts = [odd, None, math.nan, [odd], 7, " \0\n", f"one\r\ntwo\n{odd}"]
+    notes = [(0, text) for text in texts] + [(1, None), (2, "again")]
+    coco = {"images": [{"id": i, "file_name": f"{i % 2}.png"} for i in range(4)],  # each is there twice
+            "annotations": [{"image_id": i, "caption": text} for i, text in notes]}
+    split = {"images": [{"filename": "0.png", "split": "train", "sentences": [{"raw": x} for x in texts]}]}
+    for record, more in ((coco, ["again"]), (split, [])):
+        path.write_text(json.dumps(record))
+        dataset = data.read_coco(tmp_path, path, "train")
+        assert len(dataset) == 1 and dataset.captions(0) == [clean, f"one two {clean}", *more]
+        assert dataset.left_out == {"images without a caption": len(more), "captions without words": 5}
+        path.write_text(json.dumps(record).replace("cat", "dog"))
+        assert data.read_coco(tmp_path, path, "train").fingerprint() != dataset.fingerprint()
+    path.write_text('{"images": ' + "[" * 200_000)
+    with raises(ValueError, match=r"^[^\n]*captions.json is neither MS-COCO's[^\n]*$"):
+        data.read_coco(tmp_path, path, "train")
+    lines = f"{odd}\rone\r\n \0\ntwo\n".encode()
+    (tmp_path / "0.txt").write_bytes(lines)
+    pack(tmp_path / "0.tar", [("0.png", picture.read_bytes()), ("0.txt", lines)])
+    for dataset in (data.Pairs(tmp_path), data.Tar([tmp_path / "0.tar"])):
+        assert dataset.captions(0) == [clean, "one", "two"]
+    path.write_text(f"{odd.strip()}\t0.png\r\n \0\t0.png\r\n")
+    assert data.read_tsv(path).captions(0) == [clean]
+
+def test_endings(tmp_path):
+    image = Image.new("L", (8, 8))
+    for name, text in (("a.JPG", "a.TXT"), ("b.pgm", "b.txt"), ("c.Png", "c.Txt"), ("d.tiff", "d.text")):
+        image.save(tmp_path / name)
+        (tmp_path / text).write_text(name)
+    pairs = data.Pairs(tmp_path)
+    assert [pairs.captions(i) for i in range(len(pairs))] == [["a.JPG"], ["b.pgm"], ["c.Png"]]
+    assert len(data.read_folder(tmp_path)) == 4 and pairs.left_out["images without a caption"] == 1
+
+def test_members_of_tar_shards(tmp_path):
+    shards, picture = tmp_path / "[v2] shards", noise(tmp_path / "0.png", 0).read_bytes()
+    shards.mkdir()
+    hidden = [(f"{name}.png", b"") for name in ("._a", ".b", "__MACOSX/a", "x/.y/a")]
+    pack(shards / "0.tar", [*hidden, ("./a.png", picture), ("./a.txt", b"a")])
+    config, log = DataConfig(data="tar", train_dir=str(shards)), tmp_path / "log"
+    assert len(data.open_data(config, "train", log)) == 1 and not log.exists()
+    assert len(list(shards.glob("*.npy"))) == 1
+    link, sparse = tarfile.TarInfo("b.png"), tarfile.TarInfo("c.png")
+    link.type, link.linkname, sparse.pax_headers = tarfile.LNKTYPE, "./a.png", {"GNU.sparse.map": "0,0"}
+    for members, why in (((link, sparse), "left out 2 members, b.png for one: it is not a plain file"),
+                         ([tarfile.TarInfo("d.e.png")], "1 members, d.e.png for one: a name has one dot"),
+                         ([tarfile.TarInfo("./A.jpg"), tarfile.TarInfo("./a.jpg")],
+                          "left out 1 members, ./a.jpg for one: its key has another image")):
+        pack(shards / "0.tar", [("./a.png", picture), ("./a.txt", b"a")])
+        with tarfile.open(shards / "0.tar", "a") as tar:
+            for member in members:
+                tar.addfile(member)
+        for name in ("log", "again"):  # no index is kept, so it is said again
+            assert data.open_data(config, "train", tmp_path / name).captions(0) == ["a"]
+            assert why in (tmp_path / name).read_text()
+
+def test_tokens_follow_the_files(tmp_path, small_blocks, capsys):
+    encodable(tmp_path)
+    text, picture = (tmp_path / "pairs" / f"05.{ending}" for ending in ("txt", "png"))
+    n_encoded = []
+
+    def again():
+        n_encoded.clear()
+        encoded(encodable(tmp_path), tmp_path / "out", lambda x: n_encoded.append(len(x)) or brightness(x))
+        return sum(n_encoded), capsys.readouterr().out.count("out are made again: files changed\n")
+
+    os.utime(picture, (0, 0))
+    assert again() == (38, 0)
+    for change in (lambda: text.write_text("right"), lambda: os.utime(text, (9, 9)),
+                   lambda: noise(picture, 5, 71) and os.utime(picture, (0, 0)),  # only its size is new
+                   lambda: os.utime(picture, (9, 9))):
+        assert again() == (0, 0)
+        change()
+        assert again() == (38, 1)
+
 # -----------------------------------------------------------------------------
 # augvae.py
 
@@ -1035,6 +1153,9 @@ def test_misread_channels_last(monkeypatch):
     assert takes(torch.device("cpu"), torch.float32)
     monkeypatch.setattr(aten, "native_group_norm_backward", lambda grad, x, *rest: backward(
         grad if x.is_contiguous() else -grad, x, *rest))
+    assert not takes(torch.device("cpu"), torch.float32)
+    wrong = torch.ones(2), torch.ones(3)  # as CUDA before torch 2.14
+    monkeypatch.setattr(torch, "native_group_norm", lambda *_: wrong[0] @ wrong[1])
     assert not takes(torch.device("cpu"), torch.float32)
 
 def test_blocks_equal_plain_ones():
@@ -1680,6 +1801,19 @@ def test_graphs_record_and_replay(fails, monkeypatch):
             assert graphed(torch.tensor([float(i)])).tolist() == [2 * i]
     assert calls == (["step"] * 5 if fails else ["step"] + ["replay"] * 4)
 
+@torch.no_grad()
+def test_a_decoding_step_stays_in_its_memory():
+    """A recorded graph reads and writes the memory of the first step for ever."""
+    model, (text, _) = biart(), text_and_codes(2)
+    with PretendGPU():
+        h, cache = model.prefill(text, "image", text[:, :0], 1.0, n=2)
+        places = [x.data_ptr() for x in (cache.position, *cache.kv)]
+        for position in (6, 7):
+            assert cache.position.tolist() == [position]
+            model.decode_step(h, cache)
+            assert [x.data_ptr() for x in (cache.position, *cache.kv)] == places
+            assert all(kv[:, :, :, position].any() and not kv[:, :, :, position + 1].any() for kv in cache.kv)
+
 @mark.parametrize("guidance", [1.0, 2.0])
 @torch.no_grad()
 def test_prompts_are_read_once(guidance):
@@ -1721,7 +1855,7 @@ def test_sampling_distribution():
     assert allclose(shares(top_p=0.8), three, atol=2e-3)  # the two likeliest sum to 0.75, three to 0.92
     assert shares(top_p=0.7)[[1, 2, 3]].sum() == 0
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
-    for end in (torch.tensor([1 - 1e-7]), torch.tensor([1.0])):  # gives the last token that can occur
+    for end in (torch.tensor([1 - 1e-7]), torch.tensor([1 - 2 ** -24])):  # gives the last token that can occur
         assert sample_token(logits, end, Sampling()).item() == 4
         assert sample_token(logits, end, Sampling(top_k=3)).item() == 1
         assert sample_token(logits[:, :3].log(), end, Sampling()).item() == 1  # token 2 has p = 0
@@ -1939,6 +2073,26 @@ def test_accumulating_and_recomputing(copied_run, tmp_path):
     assert parts == approx(whole, rel=1e-4)
 
 @slow
+@mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="came with torch 2.3")
+@mark.parametrize(("stage", "most_graphs", "most_breaks"), [("augvae_ml", 6, 1), ("biart", 1, 0)])
+def test_compiled_steps_equal_plain_ones(stage, most_graphs, most_breaks, finished, tmp_path, monkeypatch):
+    graphs, compiled, eager = [], torch.compile, torch._dynamo.lookup_backend("aot_eager")
+    for name in ("nearest", "collect"):  # wrap() changes them for good
+        monkeypatch.setattr(Codebook, name, getattr(Codebook, name))
+    monkeypatch.setattr(torch, "compile", lambda network: compiled(
+        network, backend=lambda graph, inputs: graphs.append(graph) or eager(graph, inputs)))
+    out = shutil.copytree(finished[0], tmp_path / "out") if stage == "biart" else tmp_path / "out"
+    given = [*(MINIATURE if stage == "biart" else [*SMALL, "--vq_start=0"]), *STEADY, f"--stage={stage}"]
+    train_in(out, *given, "--overwrite")
+    plain = losses(out, stage)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    train_in(out, *given, "--overwrite", "--compile")
+    assert losses(out, stage) == approx(plain, rel=1e-4)
+    breaks = sum(torch._dynamo.utils.counters["graph_break"].values())
+    assert 0 < len(graphs) <= most_graphs and breaks <= most_breaks, (len(graphs), breaks)
+
+@slow
 def test_infinite_steps_are_skipped(tmp_path, monkeypatch):
     plain, factors = train.AugVAEObjective.forward, iter([1, torch.nan, torch.inf, 1, 1, 1])
 
@@ -1957,6 +2111,24 @@ def test_infinite_steps_are_skipped(tmp_path, monkeypatch):
         train.Progress(step=69, skipped_in_a_row=19).count(finite=False)
 
 @slow
+@mark.skipif(not hasattr(torch.amp, "GradScaler"), reason="came with torch 2.3")
+def test_autocast_and_scaled_gradients(tmp_path, monkeypatch):
+    plain, scaler, products, logs = train.AugVAEObjective.forward, torch.amp.GradScaler, set(), []
+
+    def forward(self, images):
+        products.add((self.training, (torch.ones(1, 1) @ torch.ones(1, 1)).dtype))
+        return plain(self, images)
+
+    monkeypatch.setattr(train.AugVAEObjective, "forward", forward)
+    for scales in (False, True):  # by 2^16, which changes no digit
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda enabled, s=scales: scaler("cpu", enabled=s))
+        train_in(tmp_path, *SMALL, "--stage=augvae_ml", "--dtype=bfloat16", "--grad_clip=0.01", "--overwrite")
+        log = rows(tmp_path / "augvae_ml.csv")
+        logs.append([float(row[name]) for row in log for name in ("loss", "grad_norm")])
+    assert logs[1] == approx(logs[0], rel=1e-3)
+    assert products == {(True, torch.bfloat16), (False, torch.bfloat16)}
+
+@slow
 def test_a_full_disk_loses_nothing(copied_run):
     for later in ("augvae_sl.pt", "biart.pt"):  # else augvae_ml may not be trained on
         (copied_run / later).unlink()
@@ -1968,6 +2140,24 @@ def test_a_full_disk_loses_nothing(copied_run):
     assert {path: path.read_bytes() for path in copied_run.glob("*.pt*")} == before
     train_in(copied_run, "--resume", "--max_iters=6", "--stage=augvae_ml")
     assert checkpoint(copied_run, "augvae_ml")["progress"]["step"] == 6
+
+def test_the_best_checkpoint_is_a_link(tmp_path, monkeypatch):
+    context, progress = train.Context("cpu", "float32"), train.Progress(val_loss=1.0, best_val_loss=1.0)
+    settings = train.make_settings({"out_dir": str(tmp_path), "stage": "biart"}, "biart")
+    last, best = tmp_path / "biart.pt", tmp_path / "biart_best.pt"
+    state = Namespace(model=nn.Linear(1, 1), key={}, state_dict=dict)
+
+    def save():
+        train.save(settings, state, state, state, progress, context)
+        return last.samefile(best), last.read_bytes() == best.read_bytes()
+
+    (tmp_path / "biart.pt.part").write_text("of a killed run")
+    assert save() == (True, True)
+    progress.val_loss = 2.0
+    assert save() == (False, False)
+    monkeypatch.setattr(os, "link", denied)
+    progress.val_loss = 1.0
+    assert save() == (False, True) and len(os.listdir(tmp_path)) == 2
 
 @slow
 @has_namespaces
@@ -2070,7 +2260,7 @@ def test_settings_are_documented(capsys):
         described = dict(re.findall(r"\n  --(\w+) (.*?)(?=\n  --|\n\n|$)", printed, re.DOTALL))
         defaults = {f.name: f.default for f in fields(cls) if not f.metadata}
         assert set(described) == set(defaults)
-        assert set(cls.limits) == {name for name, x in defaults.items() if type(x) in (int, float)}
+        assert set(cls.limits) <= {name for name, x in defaults.items() if type(x) in (int, float)}
         for name, (low, high) in cls.limits.items():
             assert low <= defaults[name] <= high, name
         for name, default in defaults.items():
@@ -2203,6 +2393,88 @@ def test_two_ranks_train_as_one(tmp_path):
     for folder in (out, alone):
         train_in(folder, "--resume", "--stage=biart", "--batch_size=4", "--max_iters=6")
     assert losses(out, "biart") == approx(losses(alone, "biart"), rel=1e-4)
+
+@slow
+def test_overwriting_makes_tokens_again(copied_run, monkeypatch):
+    plain, asked = data.encode_blocks, []
+    monkeypatch.setattr(data, "encode_blocks", lambda *given: asked.append(len(given[-1])) or plain(*given))
+    train_in(copied_run, "--resume", "--stage=biart")
+    train_in(copied_run, *MINIATURE, "--stage=biart", "--overwrite")
+    assert asked == [0, 0, 24, 6]
+
+@slow
+def test_a_finished_run_is_trained_on(copied_run):
+    def files():
+        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in copied_run.rglob("*.*")}
+
+    before = files()
+    for stage in ("all", "augvae_ml", "augvae_sl"):
+        with raises(ValueError, match="would train augvae_.. on, but biart.pt was made from it"):
+            train_in(copied_run, "--resume", "--max_iters=6", f"--stage={stage}")
+        assert files() == before
+    train_in(copied_run, "--resume", "--stage=biart", "--max_iters=6")
+    assert checkpoint(copied_run, "biart")["progress"]["step"] == 6 and len(losses(copied_run, "biart")) == 6
+
+def test_where_a_run_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = train.parse(["--out_dir=~/x", "--image", "~/a", "b~"], "", sample.SampleConfig)
+    assert given == {"out_dir": f"{tmp_path}/x", "image": [f"{tmp_path}/a", "b~"]}
+    for name in ("stage", "data", "preset"):
+        assert train.settings_of_run(str(tmp_path), {name: "tiny"}) == {}
+        assert f"no run in {tmp_path} to resume: starting one" in capsys.readouterr().out
+    pack(tmp_path / "0.tar", [("0.png", noise(tmp_path / "0.png", 0).read_bytes())])
+    with raises(ValueError, match="--stage biart needs captions, and --data tar has none here"):
+        train_in(tmp_path / "new", *SMALL, "--data=tar", f"--train_dir={tmp_path / '0.tar'}",
+                 f"--val_dir={tmp_path / '0.tar'}")
+    assert not list(tmp_path.rglob("augvae*"))
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    with raises(ValueError, match="start one torchrun a node"):
+        train_in(tmp_path / "slurm", *SMALL)
+    assert not (tmp_path / "slurm").exists()
+
+@slow
+def test_epochs_count_samples(tmp_path, monkeypatch):
+    train_in(tmp_path, *SMALL, "--stage=augvae_ml", "--max_iters=3")  # of 4 images; 24 are an epoch
+    monkeypatch.setattr(train.Context, "all_reduce", lambda self, tensor: tensor)
+    context = train.Context("cpu", "float32")
+    for context.world, n_left in ((1, 9), (2, 5), (3, 3)):
+        given = {**checkpoint(tmp_path, "augvae_ml")["settings"], "epochs": 2.0, "resume": True}
+        progress = train.prepare(train.make_settings(given, "augvae_ml"), context)[3]
+        assert (progress.step, progress.max_iters) == (3, 3 + n_left)
+
+@slow
+def test_bad_fine_tuning_is_refused(copied_run, tmp_path):
+    given = "--stage=biart", f"--init_biart={copied_run}", "--n_scenes=8", "--eval_images=4", "--device=cpu"
+    shutil.copytree(copied_run, tmp_path / "used").joinpath("biart.pt").unlink()
+    before = cache_files(copied_run / "tokens" / "train")
+    for message, out, *more in (
+            ("--n_embd 32 contradicts", "new", "--n_embd=32"),
+            ("no checkpoint absent/biart.pt", "new", "--init_biart=absent"),
+            ("needs another --out_dir", copied_run / ".." / copied_run.name, "--overwrite"),
+            ("augvae_sl.pt exists, and --init_biart brings another", "used"),
+            *(("is for --stage biart, and brings", "new", more) for more in (
+                f"--init_from={copied_run / 'augvae_sl.pt'}", "--stage=all", "--tokenizer=tokenizer.json"))):
+        with raises(ValueError, match=message):
+            train_in(tmp_path / out, *given, *more)
+    assert not (tmp_path / "new").exists() and cache_files(copied_run / "tokens" / "train") == before
+
+@slow
+def test_torchrun_restarts_a_killed_rank(tmp_path):
+    given = ["train.py", *SMALL, "--stage=augvae_ml", "--max_iters=120", "--eval_interval=30", "--out_dir"]
+    run(*TORCHRUN, *given, tmp_path / "whole")
+    process = started(*TORCHRUN, "--max_restarts=1", *given, tmp_path / "killed", "--resume",
+                      TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    wait_for(process, "augvae_ml 41/")
+    for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        if b"\0RANK=1\0" in Path(f"/proc/{child}/environ").read_bytes():
+            os.kill(int(child), signal.SIGKILL)
+    try:
+        printed, _ = process.communicate(timeout=100)
+    finally:
+        process.terminate()  # its ranks, too
+    assert process.returncode == 0 and "from step 30" in printed, printed
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed", "augvae_ml")
 
 # -----------------------------------------------------------------------------
 # CUDA without a GPU
@@ -2384,6 +2656,159 @@ def test_all_stages_and_uses_on_cuda(world, on_cuda, pictures, tmp_path):
     for what in ("'replay'", "paint: a cross", "t2i_bits"):
         assert (what in printed) == (world == 1)
     assert ("no CUDA graphs here" in printed) == (world > 1)
+
+# -----------------------------------------------------------------------------
+# With a GPU: `pytest -q -m gpu`. Speeds go to $GPU_TABLE, by default gpu_table.md in the temporary folder.
+
+DEVICE = "cuda"
+SHIPPED = os.path.join(HERE, "assets", "scenes")
+LITTLE = ["--preset=tiny", "--n_scenes=64", "--eval_images=16"]
+FEW_STEPS = [*LITTLE, *STEADY, "--vq_start=4", "--log_interval=1", "--eval_interval=5"]
+
+@fixture
+def card():
+    torch.cuda.reset_peak_memory_stats()
+    yield
+    torch.set_float32_matmul_precision("highest")  # Context sets both for the whole process
+    torch.backends.cudnn.benchmark = False
+
+def gpu(test):
+    test = mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")(test)
+    return mark.gpu(mark.usefixtures("card")(test))
+
+@fixture(scope="session")
+def table(request):
+    path = Path(os.environ.get("GPU_TABLE") or os.path.join(tempfile.gettempdir(), "gpu_table.md"))
+    lines = [f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+             "\n| stage | dtype | batch | ms a step | images/s | share of peak | GB | tokens/s |", "|---" * 8]
+    yield lines
+    path.write_text("\n".join([*lines, ""]))
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print("", path, *lines, sep="\n")
+
+@fixture(scope="module")
+def cpu_run(tmp_path_factory):
+    train_in(out := tmp_path_factory.mktemp("cpu"), *FEW_STEPS, "--max_iters=10", "--device=cpu")
+    return out
+
+def train_stage(stage, other, out, *given):
+    for name in train.STAGES[:train.STAGES.index(stage)]:  # the stages before it
+        shutil.copy(other / f"{name}.pt", out)
+    train_in(out, *given, f"--stage={stage}", f"--device={DEVICE}")
+
+@gpu
+@mark.parametrize("dtype, tolerance", [("float32", 0.02), ("bfloat16", 0.1), ("float16", 0.05)])
+@mark.parametrize("stage", train.STAGES)
+def test_a_stage_learns_as_on_the_cpu(stage, dtype, tolerance, cpu_run, tmp_path, monkeypatch):
+    scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # with its own scale, it skips steps
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, init_scale=256.0), raising=False)
+    train_stage(stage, cpu_run, tmp_path, *FEW_STEPS, f"--dtype={dtype}", "--max_iters=5")
+    train_in(tmp_path, "--resume", "--max_iters=10")
+    found, expected = (rows(out / f"{stage}.csv") for out in (tmp_path, cpu_run))
+    assert len(found) == len(expected) == 10 and found[-1]["skipped"] == "0"
+    for name in {"loss", "val_loss", "pixel", "t2i", "i2t"} & set(expected[0]):
+        ours, theirs = ([float(row[name]) for row in log if row[name]] for log in (found, expected))
+        assert ours == approx(theirs, rel=tolerance), name
+
+@gpu
+def test_codes_are_those_of_the_cpu(table, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.set_float32_matmul_precision("high")  # as in training; the search of codes keeps to full fp32
+    vae = AugVAE.load(f"{SHIPPED}/augvae_sl.pt")
+    pixels = torch.stack([crop_to_tensor(image, vae.config.image_size) for image in scenes(256)])
+    book, (z,), (expected,) = copy.deepcopy(vae.codebook).double(), vae.features(pixels), vae.encode(pixels)
+    found = vae.to(DEVICE).encode(pixels.to(DEVICE))[0].cpu()
+    p = (book.cluster_size + EMA_EPS) / (book.cluster_size + EMA_EPS).sum()
+    var = p @ (book.weight - p @ book.weight).square().sum(1)
+    costs = torch.cdist(z.double().permute(0, 2, 3, 1).flatten(0, 2), book.weight).square()
+    costs = costs / var - book.config.rate * p.log()  # as Codebook.nearest
+    more = costs.gather(1, found.view(-1, 1)) - costs.gather(1, expected.view(-1, 1))
+    table[0] += f"; {(more != 0).sum()} of {len(more):,} codes are not the CPU's"
+    assert (more != 0).float().mean() < 1e-3 and more.abs().max() < 1e-4
+
+@gpu
+@mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.float16, 0.01), (torch.bfloat16, 0.03)])
+def test_norm_silu_conv_in_both_layouts(dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    norm, conv = (module.to(DEVICE) for module in norm_and_conv())
+    x = channels_last(3, 8, 6, 5).detach().to(DEVICE, dtype).requires_grad_()
+
+    def with_gradients(y):
+        return y, *torch.autograd.grad(y.float().sin().sum(), [x, *norm.parameters(), *conv.parameters()])
+
+    expected = with_gradients(conv(F.silu(norm(x.float()))))
+    for takes in {False, augvae.norm_takes_channels_last(x.device, dtype)}:
+        monkeypatch.setattr(augvae, "norm_takes_channels_last", lambda *_, takes=takes: takes)
+        with torch.autocast(DEVICE, dtype, enabled=dtype != torch.float32):
+            y = augvae.norm_silu_conv(x, norm, conv)
+        for a, b in zip(with_gradients(y), expected):
+            assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+@gpu
+@mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@mark.parametrize("guidance", [1.0, 4.0])
+@mark.parametrize("to", ["image", "text"])
+def test_graphs_change_no_token(to, guidance, dtype, monkeypatch):
+    run, made, results, record = sample.load(SHIPPED, device=DEVICE, dtype=dtype), [], [], GraphedStep.record
+    monkeypatch.setattr(GraphedStep, "record", lambda self: made.append(record(self)) or made[-1])
+    ref = run.tokenize([PROMPT, "two crosses"]) if to == "image" else run.encode(scenes(2))[0]
+    for graphs in (False, True):
+        monkeypatch.setattr(BiART, "use_cuda_graphs", graphs)
+        with run.context.autocast():
+            results.append(run.biart.generate(ref, to, 3, sampling=Sampling(guidance=guidance)))
+        assert len(made) == graphs and all(made)
+    assert equal(results[0][0], results[1][0]) and allclose(results[0][1], results[1][1], atol=0.01)
+
+@gpu
+@mark.parametrize("stage", train.STAGES)
+def test_a_step_hardly_waits_and_keeps_no_memory(stage, cpu_run, tmp_path, monkeypatch):
+    count, seen = train.Progress.count, []
+
+    def counted(self, finite):
+        seen.append((sum("synchroniz" in str(w.message) for w in caught), torch.cuda.memory_allocated()))
+        count(self, finite)
+
+    monkeypatch.setattr(train.Progress, "count", counted)
+    monkeypatch.setattr(train.Log, "write", lambda *_: torch.cuda.set_sync_debug_mode("warn"))  # no log
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_stage(stage, cpu_run, tmp_path, *LITTLE, "--dtype=float16", "--max_iters=12")
+    torch.cuda.set_sync_debug_mode("default")
+    waits, held = zip(*seen[4:])  # the first steps choose convolutions
+    assert {b - a for a, b in zip(waits, waits[1:])} <= {1, 2} and max(held) - min(held) < 2 ** 20
+
+@gpu
+@mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
+def test_two_cards_train_as_one(tmp_path):
+    code = f"import test_lverse as t; t.MINIATURE += ['--device={DEVICE}']; t.train_on_a_rank('{tmp_path}/2')"
+    printed = run(*TORCHRUN, "--no-python", sys.executable, "-c", code)
+    first, second = (re.findall(rf"codebook {rank} (\w+)", printed) for rank in (0, 1))
+    assert first == second and len(set(first)) == 6
+    for stage in train.STAGES:
+        train_stage(stage, tmp_path / "2", tmp_path, *MINIATURE, *STEADY, "--max_iters=3")
+        assert losses(tmp_path / "2", stage) == approx(losses(tmp_path, stage), rel=0.02)
+
+@gpu
+@mark.parametrize("stage", train.STAGES)
+@mark.parametrize("dtype", ["auto", "float32"])
+def test_the_speed_of_training(stage, dtype, table, monkeypatch, capsys):
+    timeit = train.Context.timeit  # 20 steps, 4 at a time without a wait between them
+    monkeypatch.setattr(train.Context, "timeit", lambda self, step: timeit(
+        self, lambda: [step() for _ in range(4)]) / 4)
+    train.main(["--bench", "--preset=released", "--lpips_weight=0", f"--stage={stage}", f"--dtype={dtype}",
+                f"--device={DEVICE}"])
+    (ms, batch, *rest, dtype), = re.findall(r"(\d+) ms a step of (\d+), (\S+) images/s, (\d+%) .* (\S+) GB "
+                                            r"at most, (\w+)", capsys.readouterr().out)
+    table.append(f"| {stage} | {dtype} | {batch} | {ms} | {' | '.join(rest)} | |")
+
+@gpu
+def test_the_speed_of_decoding(table, capsys):
+    sample.main(["--bench", f"--device={DEVICE}"])
+    printed = capsys.readouterr().out
+    found, gb = re.findall(r"batch (.), (.*): (\d+) tokens/s.* (\w+)\n", printed), printed.split()[-4]
+    for b, how, n, dtype in found:
+        table.append(f"| decoding, {how} | {dtype} | {b} | {1e3 * int(b) / int(n):.2f} | | | {gb} | {n} |")
+    assert len(found) == 4
 
 # -----------------------------------------------------------------------------
 # sample.py: what users do with a run
@@ -2605,6 +3030,40 @@ def test_shipped_weights(tmp_path):
     found = last_json(run(sys.executable, "sample.py", "--out_dir", shipped, "--save_dir", tmp_path, "--eval",
                           "--eval_items", recorded["settings"]["eval_items"]))
     assert found == approx(recorded["scores"], rel=0.03, abs=0.03)
+
+@slow
+def test_python_sees_what_the_command_sees(loaded, tmp_path):
+    picture, exif = scenes(1)[0], Image.Exif()
+    exif[0x0112] = 6  # turn right
+    picture.save(tmp_path / "phone.jpg", exif=exif)
+    Image.fromarray(np.asarray(picture.convert("L")).astype(np.uint16) * 257).save(tmp_path / "grey16.png")
+    picture.putalpha(Image.linear_gradient("L").resize(picture.size))
+    picture.save(tmp_path / "cutout.png")
+    paths = [png16(tmp_path / "rgb16.png", 2, [9999, 0, 5], [9999, 0, 5]), *tmp_path.iterdir()]
+    for path, record in zip(paths, sample.read_images(loaded, list(map(str, paths)))):
+        image = Image.open(path)
+        image.load()
+        before = image.mode, image.size, image.info.copy(), image.tobytes()
+        codes, [pixels] = loaded.encode([image])
+        assert np.array_equal(data.to_image(pixels), record["picture"]), path
+        assert (image.mode, image.size, image.info, image.tobytes()) == before, path
+
+@slow
+@mark.parametrize("use", ["--reconstruct", "--image"])
+def test_names_that_are_not_utf8(use, finished, tmp_path):
+    scenes(1)[0].save(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9 \xe2\x98\x83.png"))
+    printed = run(sys.executable, "sample.py", use, tmp_path, "--n=1", "--rerank=1", "--save_dir",
+                  tmp_path / "made", "--out_dir", finished[0], PYTHONIOENCODING="ascii")
+    assert "Traceback" not in printed and printed.isascii()
+    samples = json.loads((tmp_path / "made" / "samples.json").read_text(encoding="utf-8"))["samples"]
+    assert r"caf\udce9 ☃.png" in repr(samples[0]["image"]).replace(r"\\", "\\")
+
+@slow
+def test_scores_of_small_pictures(tmp_path, capsys):
+    train_in(tmp_path, *SMALL)
+    sample_in(tmp_path, "--eval", "--eval_items=4", "--rerank=1")
+    scores = last_json(capsys.readouterr().out)
+    assert "psnr" in scores and "ssim" not in scores
 
 # -----------------------------------------------------------------------------
 # README.md

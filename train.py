@@ -216,7 +216,7 @@ def train(settings):
             log.seconds += time.monotonic() - began
     if stopping or signals.number:
         data.print0(f"{settings.stage} stopped at step {progress.step} and saved {settings.path('.pt')}: "
-                       "--resume continues there")
+                    "--resume continues there")
         raise SystemExit(128 + (signals.number or signal.SIGTERM))
     log.finish(progress)
 
@@ -367,8 +367,8 @@ def prepare(settings, context):
         progress.max_iters = progress.step + max(0, math.ceil(n_left / progress.samples_per_step))
     n_parameters = sum(p.numel() for p in objective.model.parameters())
     data.print0(f"{settings.stage}: {n_parameters / 1e6:.2f} M parameters, {len(train_view):,} training "
-                   f"images, {progress.samples_per_step} a step, from step {progress.step}, on "
-                   f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
+                f"images, {progress.samples_per_step} a step, from step {progress.step}, on "
+                f"{context.world} x {context.device}, {str(context.dtype)[6:]}")
     batches = data.batches(train_view, config.batch_size, seed=config.seed, start=progress.samples,
                            rank=context.rank, world=context.world,
                            workers=context.workers(settings.data.workers), log=bad_images)
@@ -655,7 +655,8 @@ class Context:
             faster = self.timeit(lambda: y @ y) < self.timeit(lambda: x @ x)
         except RuntimeError:
             right = faster = False
-        return "bfloat16" if right and faster else "float16"
+        votes = self.all_reduce(torch.tensor([float(right and faster)])).item()  # all ranks take one type
+        return "bfloat16" if votes == self.world else "float16"
 
     def workers(self, asked):
         """Loader processes of a rank: as asked, or by default some for a GPU and none for a CPU."""
@@ -855,7 +856,7 @@ class Log:
     def finish(self, progress):
         path, n_steps = self.settings.path, progress.step - self.first_step
         data.print0(f"{self.settings.stage}: {n_steps} steps in {self.seconds:.0f} s, "
-                            f"saved to {path('.pt')}")
+                    f"saved to {path('.pt')}")
         faults = data.count_read_errors(path("_bad_images.log"))
         if faults:
             data.print0(f"{faults:,} files could not be read: see {path('_bad_images.log')}")
@@ -898,8 +899,8 @@ def bench(settings):
     seconds = statistics.median(context.timeit(step) for _ in range(5))
     share = counter.get_total_flops() / seconds / context.peak_flops()
     data.print0(f"{settings.stage}: {1000 * seconds:.0f} ms a step of {B}, "
-                   f"{context.world * B / seconds:.1f} images/s, {share:.0%} of the device's "
-                   f"peak in matrix products, {context.peak_gb():.2f} GB at most, {str(context.dtype)[6:]}")
+                f"{context.world * B / seconds:.1f} images/s, {share:.0%} of the device's "
+                f"peak in matrix products, {context.peak_gb():.2f} GB at most, {str(context.dtype)[6:]}")
 
 # -----------------------------------------------------------------------------
 
