@@ -1855,7 +1855,7 @@ def test_sampling_distribution():
     assert allclose(shares(top_p=0.8), three, atol=2e-3)  # the two likeliest sum to 0.75, three to 0.92
     assert shares(top_p=0.7)[[1, 2, 3]].sum() == 0
     assert shares(top_p=1e-6)[0] == 1 and shares(temperature=0)[0] == 1 and shares(top_k=1)[0] == 1
-    for end in (torch.tensor([1 - 1e-7]), torch.tensor([1 - 2 ** -24])):  # gives the last token that can occur
+    for end in (torch.tensor([1 - 1e-7]), torch.tensor([1 - 2 ** -24])):  # the last token that can occur
         assert sample_token(logits, end, Sampling()).item() == 4
         assert sample_token(logits, end, Sampling(top_k=3)).item() == 1
         assert sample_token(logits[:, :3].log(), end, Sampling()).item() == 1  # token 2 has p = 0
@@ -2074,7 +2074,7 @@ def test_accumulating_and_recomputing(copied_run, tmp_path):
 
 @slow
 @mark.skipif(not hasattr(torch.compiler, "is_compiling"), reason="came with torch 2.3")
-@mark.parametrize(("stage", "most_graphs", "most_breaks"), [("augvae_ml", 6, 1), ("biart", 1, 0)])
+@mark.parametrize(("stage", "most_graphs", "most_breaks"), [("augvae_ml", 8, 3), ("biart", 1, 0)])
 def test_compiled_steps_equal_plain_ones(stage, most_graphs, most_breaks, finished, tmp_path, monkeypatch):
     graphs, compiled, eager = [], torch.compile, torch._dynamo.lookup_backend("aot_eager")
     for name in ("nearest", "collect"):  # wrap() changes them for good
@@ -2360,16 +2360,19 @@ print((torch.full((2 ** 22,), 1e-38) * 0.1).count_nonzero().item())
 """
     assert run(sys.executable, "-c", job, OMP_NUM_THREADS="2").strip() == "0"
 
+TWICE = [*STEADY, "--max_iters=3", "--gradient_accumulation_steps=2"]
+
 def train_on_a_rank(out):
     """All stages, by gloo. Ranks print their codebooks after each update."""
     update = Codebook.update
 
     def told(self):
         found = update(self)
-        print(f"codebook {os.environ['RANK']} {augvae.fingerprint(self)}\n", end="", flush=True)
+        seed = torch.initial_seed()
+        print(f"codebook {os.environ['RANK']} {augvae.fingerprint(self)} {seed}\n", end="", flush=True)
         return found
     Codebook.update = told
-    train.main([*MINIATURE, *STEADY, "--out_dir", out, "--batch_size=2", "--max_iters=3"])
+    train.main([*MINIATURE, *TWICE, "--out_dir", out, "--batch_size=2"])
     os._exit(0)
 
 @slow
@@ -2380,12 +2383,13 @@ def test_two_ranks_train_as_one(tmp_path):
     printed = run(*TORCHRUN, "--no-python", sys.executable, "-c", code)
     first, second = (re.findall(rf"codebook {rank} (\w+)", printed) for rank in (0, 1))
     assert first == second and len(set(first)) == 6
+    assert len(set(re.findall(r"codebook \d \w+ (\d+)", printed))) == 6  # seeds: 3 steps, 2 ranks
     for stage, before in zip(train.STAGES, (None, "augvae_ml.pt", "augvae_sl.pt")):
         if before:
             shutil.copy(out / before, alone)
-        train_in(alone, *MINIATURE, *STEADY, f"--stage={stage}", "--max_iters=3", "--overwrite")
+        train_in(alone, *MINIATURE, *TWICE, f"--stage={stage}", "--overwrite")
         together, single = checkpoint(out, stage), checkpoint(alone, stage)
-        assert together["progress"]["samples"] == single["progress"]["samples"] == 12
+        assert together["progress"]["samples"] == single["progress"]["samples"] == 24
         for name, value in together["model"].items():
             assert allclose(value, single["model"][name], rtol=1e-4, atol=1e-4), (stage, name)
         assert losses(out, stage) == approx(losses(alone, stage), rel=1e-4)
@@ -2514,11 +2518,16 @@ class PretendedCUDA(TorchDispatchMode):
         aten.rand.generator: lambda size, generator, **given: torch.empty(size, **given),  # for old torch
         aten.index.Tensor: lambda x, at: aten.index(x, places(at)),
         aten.index_put_.default: lambda x, at, *rest: aten.index_put_(x, places(at), *rest)}
+    products = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default,
+                aten.matmul.default, aten.linear.default, aten.convolution.default,
+                aten.convolution_backward.default)
 
     def __init__(self):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.capturing = False
+        self.current = 0  # device
+        self.looks = 0  # at values, in this step of training
         self.seen = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -2527,9 +2536,14 @@ class PretendedCUDA(TorchDispatchMode):
         devices = {getattr(x, "fake_device", x) for x in given if isinstance(x, (FakeTensor, torch.device))}
         if not any(device.type == "cuda" for device in devices):
             return func(*args, **kwargs)
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        if func in (*self.products, aten.stack.default, aten.cat.default):  # fake tensors let these pass
+            assert len({getattr(x, "fake_device", x.device) for x in tensors}) == 1, f"{func} on two devices"
+            assert func not in self.products or len({x.dtype for x in tensors}) == 1, f"{func} of two types"
+        masked = any(getattr(x, "dtype", None) is torch.bool for x in tree_flatten(args[1:2])[0])
+        looks = func in self.by_value and (masked or "index" not in str(func))
+        self.looks += looks
         if self.capturing:
-            masked = any(isinstance(x, torch.Tensor) and x.dtype is torch.bool for x in given)
-            looks = func in self.by_value and (masked or "index" not in str(func))
             assert not looks, f"{func} looks at a value"
             random = torch.Tag.nondeterministic_seeded in func.tags and "attention" not in str(func)
             assert not random, f"{func} draws numbers"
@@ -2548,6 +2562,7 @@ class PretendedCUDA(TorchDispatchMode):
         if not isinstance(x, FakeTensor) or x.is_cuda:
             return x
         assert not self.capturing, "a captured step copies to the CPU"
+        self.looks += 1
         return torch.full(x.shape, -1.0 if x.dtype.is_floating_point else 0, dtype=x.dtype)
 
 def pretend_cuda(world=1):
@@ -2556,10 +2571,17 @@ def pretend_cuda(world=1):
     os.environ.update(RANK="0", LOCAL_RANK="3" if world > 1 else "0", WORLD_SIZE=str(world))
     cuda.is_available = cuda.is_initialized = cuda.is_bf16_supported = lambda *_, **__: True
     cuda._initialized, cuda._lazy_init = True, lambda: None
-    cuda.device_count, cuda.current_device = lambda: 8, lambda: int(os.environ["LOCAL_RANK"])
+    cuda.device_count, cuda.current_device = lambda: 8, lambda: mode.current
     cuda.get_device_capability = lambda *_: (8, 8)
-    cuda.set_device = torch._utils._get_device_index  # which the real one begins with
-    cuda.synchronize = cuda.set_stream = cuda.manual_seed_all = lambda *_: None
+    cuda.set_device = lambda device: setattr(mode, "current", torch._utils._get_device_index(device))
+    cuda.synchronize = cuda.set_stream = lambda *_: None
+    cuda.manual_seed_all = lambda *_: setattr(mode, "looks", 0)  # a step of training begins with it
+    count = train.Progress.count
+
+    def counted(progress, finite):
+        assert mode.looks <= 2, f"a step looks at the device {mode.looks} times"
+        count(progress, finite)
+    train.Progress.count = counted
     cuda.max_memory_allocated = lambda *_: 2 ** 30
     fake_tensor.init_gpu_context = fake_tensor.init_cuda_context = lambda *_: None
     # A module's parameters become fake ones, and what is made of numbers comes from the CPU
@@ -2567,7 +2589,7 @@ def pretend_cuda(world=1):
     tensor, tolist, save = torch.tensor, torch.Tensor.tolist, torch.save
     torch.tensor = lambda *given, device=None, **more: tensor(*given, **more).to(device)
     torch.Tensor.new_tensor = lambda self, x: tensor(x, dtype=self.dtype).to(self.device)
-    torch.Tensor.tolist = lambda self: tolist(self.cpu())
+    torch.Tensor.tolist = FakeTensor.tolist = lambda self: tolist(self.cpu())  # one look
     torch.Tensor.pin_memory = lambda self, *_: self
     torch.save = lambda content, *given: save(tree_map(
         lambda x: torch.zeros(x.shape, dtype=x.dtype) if isinstance(x, FakeTensor) else x, content), *given)
@@ -2594,6 +2616,7 @@ def pretend_nccl(world):
 
     def all_reduce(x):
         assert x.is_cuda and x.is_contiguous(), f"NCCL cannot sum this tensor on {x.device}"
+        assert x.device.index == torch.cuda.current_device(), f"NCCL is on another device than {x.device}"
 
     def init(self, module, **_):
         nn.Module.__init__(self)
@@ -2607,7 +2630,11 @@ def pretend_nccl(world):
     def alone(*given, all_reduce, **more):
         more.update(rank=0, world=1, all_reduce=lambda x: all_reduce(x) * 0 + x)
         return cache_tokens(*given, **more)
-    dist.init_process_group = lambda *_, **__: start("fake", rank=0, world_size=world, store=FakeStore())
+
+    def init_process_group(backend, **_):
+        assert backend == "nccl"
+        start("fake", rank=0, world_size=world, store=FakeStore())
+    dist.init_process_group = init_process_group
     dist.all_reduce = all_reduce
     DDP.__init__, DDP.forward = init, lambda self, *given: self.module(*given)
     nn.utils.clip_grad_norm_, data.cache_tokens = clip_grad_norm_, alone
@@ -2628,11 +2655,10 @@ def on_cuda(tmp_path_factory):
     return call
 
 def work_on_cuda(out, world, picture):
-    """All stages, on one GPU with graphs, and every use of sample.py; on 8 without graphs, and resumed."""
+    """All stages, on one GPU, and every use of sample.py, with graphs; on 8 all stages, each resumed."""
     mode, device = pretend_cuda(world), ["--device=cuda", f"--out_dir={out}"]
     given = [*SMALL, "--image_size=16", "--ch_mult=1,1,2", "--batch_size=8", "--eval_images=8", *device]
     if world > 1:
-        torch.cuda.CUDAGraph = lambda: torch.ones(1).view(2)  # a RuntimeError
         for stage in train.STAGES:
             train.main([*given, f"--stage={stage}", "--dtype=bfloat16", "--max_iters=1"])
             train.main([*given, f"--stage={stage}", "--dtype=float16", "--max_iters=2", "--resume"])
@@ -2655,7 +2681,7 @@ def test_all_stages_and_uses_on_cuda(world, on_cuda, pictures, tmp_path):
     assert f"cuda:{3 if world > 1 else 0}" in printed
     for what in ("'replay'", "paint: a cross", "t2i_bits"):
         assert (what in printed) == (world == 1)
-    assert ("no CUDA graphs here" in printed) == (world > 1)
+    assert "no CUDA graphs here" not in printed
 
 # -----------------------------------------------------------------------------
 # With a GPU: `pytest -q -m gpu`. Speeds go to $GPU_TABLE, by default gpu_table.md in the temporary folder.
@@ -2697,7 +2723,7 @@ def train_stage(stage, other, out, *given):
     train_in(out, *given, f"--stage={stage}", f"--device={DEVICE}")
 
 @gpu
-@mark.parametrize("dtype, tolerance", [("float32", 0.02), ("bfloat16", 0.1), ("float16", 0.05)])
+@mark.parametrize("dtype, tolerance", [("float32", 0.01), ("bfloat16", 0.05), ("float16", 0.03)])
 @mark.parametrize("stage", train.STAGES)
 def test_a_stage_learns_as_on_the_cpu(stage, dtype, tolerance, cpu_run, tmp_path, monkeypatch):
     scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # with its own scale, it skips steps
@@ -2774,7 +2800,7 @@ def test_a_step_hardly_waits_and_keeps_no_memory(stage, cpu_run, tmp_path, monke
         warnings.simplefilter("always")
         train_stage(stage, cpu_run, tmp_path, *LITTLE, "--dtype=float16", "--max_iters=12")
     torch.cuda.set_sync_debug_mode("default")
-    waits, held = zip(*seen[4:])  # the first steps choose convolutions
+    waits, held = zip(*seen[6:])  # float16 skips the first, others choose kernels
     assert {b - a for a, b in zip(waits, waits[1:])} <= {1, 2} and max(held) - min(held) < 2 ** 20
 
 @gpu
@@ -2785,7 +2811,7 @@ def test_two_cards_train_as_one(tmp_path):
     first, second = (re.findall(rf"codebook {rank} (\w+)", printed) for rank in (0, 1))
     assert first == second and len(set(first)) == 6
     for stage in train.STAGES:
-        train_stage(stage, tmp_path / "2", tmp_path, *MINIATURE, *STEADY, "--max_iters=3")
+        train_stage(stage, tmp_path / "2", tmp_path, *MINIATURE, *TWICE)
         assert losses(tmp_path / "2", stage) == approx(losses(tmp_path, stage), rel=0.02)
 
 @gpu
