@@ -188,9 +188,9 @@ class TiedConv1x1(nn.Module):
 
 class Codebook(nn.Module):
     """`size` codes of `dim` numbers: weight (size, dim). A code is the moving average of the vectors that
-    chose it, embed_sum (size, dim) / cluster_size (size,). Both begin with 0: all codes are dead. update()
-    revives a few per step. forward() changes no code. Training calls collect() in each forward pass, update()
-    once per step. update() adds up what all ranks collected, so their codebooks stay bit-equal."""
+    chose it, embed_sum (size, dim) / cluster_size (size,). Both begin with 0: all codes are dead. Training
+    calls collect() in each forward pass, and once per step update(), which moves the codes by what all ranks
+    collected, so that their codebooks stay bit-equal, and revives a few dead ones."""
     def __init__(self, config):
         super().__init__()
         self.config, self.size, self.dim = config, config.codebook_size, config.codebook_dim
@@ -226,8 +226,7 @@ class Codebook(nn.Module):
         return F.embedding(codes, self.weight).permute(0, 3, 1, 2)
 
     def nearest(self, z, max_scores=2 ** 22):
-        """z (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2, with config.rate + the price of code k.
-        max_scores distances at once."""
+        """z (N, dim) -> LongTensor (N,): argmin_k |z - e_k|^2. With config.rate, common codes cost less."""
         with full_fp32():
             cost = self.weight.square().sum(1)  # |z - e|^2 - |z|^2 = |e|^2 - 2 z e
             if self.config.rate:  # + rate * var * -log p_k: entropy-constrained, Chou et al. 1989
@@ -387,9 +386,8 @@ class AugVAE(nn.Module):
         return self.reconstruct([self.codebook.lookup(c) for c in codes]).clamp(-1, 1)
 
     def single_level(self, side):
-        """AugVAE-ML -> a new AugVAE-SL, to be fine-tuned: encoders down to the grid of `side`, decoders up
-        from it. At first its connectors pass zeros for the missing input. ValueError for an unknown side or
-        an AugVAE-SL."""
+        """AugVAE-ML -> a new AugVAE-SL of the grid of `side`, to be fine-tuned. At first its connectors pass
+        zeros for the missing input. ValueError for an unknown side or an AugVAE-SL."""
         if self.config.single_level:
             raise ValueError(f"already AugVAE-SL, of side {self.config.single_level}")
         model = AugVAE(replace(self.config, single_level=side)).to(self.codebook.weight.device)

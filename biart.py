@@ -142,8 +142,7 @@ class CodeEmbedding(nn.Module):
 
     @property
     def weight(self):
-        """(V, C). Decoding needs it at every token, so it is computed once when there are no gradients: call
-        eval() after changing weights."""
+        """(V, C). While decoding, it is computed once: call eval() after changing weights."""
         if self.cached is not None and not torch.is_grad_enabled():
             return self.cached
         with torch.autocast(self.own.device.type, enabled=False):
@@ -346,11 +345,9 @@ class BiART(nn.Module):
         return tokens, log_p
 
     def prefill(self, ref, to, prefix, guidance, n):
-        """
-        Read the prompts, ref (B, n_ref) and prefix (B, m), once for n samples each -> the hidden states that
-        predict the next token, (B * n, C), and the KVCache. With guidance, the same prompts with a blank REF
-        side are the second half of the batch: (2 * B * n, C).
-        """
+        """Read the prompts, ref (B, n_ref) and prefix (B, m), once for n samples each -> the hidden states
+        that predict the next token, (B * n, C), and the KVCache. With guidance, the same prompts with a blank
+        REF side are the second half of the batch: (2 * B * n, C)."""
         null = torch.zeros(len(ref), dtype=torch.bool, device=ref.device)
         if guidance != 1:
             ref, prefix, null = ref.repeat(2, 1), prefix.repeat(2, 1), torch.cat([null, ~null])
@@ -369,10 +366,9 @@ class BiART(nn.Module):
         """Hidden states (B, C), with guidance (2 B, C) -> logits to choose the next token by, and the log p
         of every token without guidance, (B, V) each.
 
-        With guidance, logits = conditional + (guidance - 1) * (1 - max p) * (conditional - null). The factor
-        1 - max p makes guidance weak where the model is sure. Without it, guidance would raise the small odds
-        of "a thing begins here" at every token, and all samples of a caption would put it in the same place.
-        Tokens that are not plausible (see PLAUSIBLE) get -inf."""
+        With guidance, logits = conditional + (guidance - 1) * (1 - max p) * (conditional - null). Without the
+        factor 1 - max p, guidance would raise the small odds of "a thing begins here" at every token, and all
+        samples would put it in the same place. Tokens that are not plausible (see PLAUSIBLE) get -inf."""
         logits = self.logits(h, to).float()
         if guidance == 1:
             log_p = logits.log_softmax(-1)
@@ -389,11 +385,9 @@ class BiART(nn.Module):
 
     @torch.no_grad()
     def beam_search(self, image, width, prefix=None, length_penalty=1.0, guidance=1.0):
-        """
-        The likeliest captions of image codes (B, n_image) -> LongTensor (B, width, n_text), best first, and
-        their scores (B, width): log p / length ** length_penalty, of the new tokens up to the end token.
-        prefix (B, m), m < n_text: the first tokens of the caption.
-        """
+        """The likeliest captions of image codes (B, n_image) -> LongTensor (B, width, n_text), best first,
+        and their scores (B, width): log p / length ** length_penalty, of new tokens up to the end token.
+        prefix (B, m), m < n_text: the first tokens of the caption."""
         c, B = self.config, len(image)
         prefix = image[:, :0] if prefix is None else prefix
         position = self.position_embedding("text", GEN)
@@ -580,13 +574,11 @@ class LinearAfter(torch.autograd.Function):
 MAX_LOGITS = 2 ** 22  # that LinearCrossEntropy holds at once
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """
-    nll = F.cross_entropy(h @ weight.T, targets, reduction="none"), for h (N, C), weight (V, C), targets (N,).
-    -> (token_weights * nll).sum(), a scalar to differentiate, and nll (N,), to read; token_weights (N,).
+    """nll = F.cross_entropy(h @ weight.T, targets, reduction="none"), for h (N, C), weight (V, C), targets
+    (N,). -> (token_weights * nll).sum(), a scalar to differentiate, and nll (N,), to read.
 
     The logits (N, V) would be the largest tensor of a step. Here they exist for a few rows at a time, and
-    their gradient is computed while they do.
-    """
+    their gradient is computed while they do."""
 
     @staticmethod
     def forward(ctx, h, weight, targets, token_weights):

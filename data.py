@@ -99,8 +99,7 @@ class ImageFiles(Dataset):
         return self.texts[i]
 
 def list_files(folder):
-    """Sorted paths of all files below a folder, from there, without hidden ones. Follows links, but into no
-    folder twice."""
+    """Sorted paths, from a folder, of all files below it but hidden ones. Follows links, no folder twice."""
     def refuse(error):
         raise OSError(f"folder {error.filename} cannot be read ({error.strerror})")
 
@@ -614,9 +613,6 @@ def write_fault(log, fault):
         return print(fault, file=sys.stderr)
     with open(log, "a", encoding="utf-8", errors="backslashreplace") as f:
         f.write(fault + "\n")
-
-def count_read_errors(log):
-    return len(set(read_text(log).splitlines())) if os.path.exists(log) else 0
 
 def validation_subset(dataset, count, log=""):
     """`count` random samples that can be read (all, if fewer): the same each time."""

@@ -309,6 +309,9 @@ def noise(path, i, size=64):
     Image.fromarray(RandomState(i).randint(0, 256, (size, size, 3), np.uint8)).save(path)
     return path
 
+def n_faults(log):
+    return len(set(Path(log).read_text().splitlines())) if os.path.exists(log) else 0
+
 def pack(path, members):
     """Write a tar file with members (name, bytes)."""
     with tarfile.open(path, "w") as tar:
@@ -644,7 +647,7 @@ def test_bad_samples_are_replaced(tmp_path, processes):
         log = tmp_path / f"{workers}.log"
         found.append(drawn(Numbers(23, bad=bad), 12, 4, workers=workers, log=log))
         assert set(log.read_text().splitlines()) == {f"number {i} is bad" for i in bad}
-        assert data.count_read_errors(log) == 3
+        assert n_faults(log) == 3
     assert all(other == found[0] for other in found)
     for i, j in zip(whole[0], found[0][0]):
         assert j not in bad and (i == j or i in bad)
@@ -668,7 +671,7 @@ def test_validation_samples_can_be_read(tmp_path):
     some = data.validation_subset(dataset, 4, tmp_path / "log")
     again = data.validation_subset(dataset, 4)
     assert len(some) == 4 and len(data.validation_subset(dataset, 100)) == 6
-    assert data.count_read_errors(tmp_path / "log") <= 2 and some.fingerprint() == again.fingerprint()
+    assert n_faults(tmp_path / "log") <= 2 and some.fingerprint() == again.fingerprint()
     assert [some.captions(i) for i in range(4)] == [dataset.captions(i) for i in some.indices]
     for i in range(5):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"")
@@ -727,7 +730,7 @@ def test_the_token_cache(tmp_path, small_blocks, capsys):
     tokens = data.Tokens(encoded(source, tmp_path / "out"), null_prob=0.5)
     kept = [i for i in range(40) if i not in (3, 7)]
     assert len(tokens) == 38 and all(isinstance(rows, np.memmap) for rows in tokens.blocks)
-    assert data.count_read_errors(tmp_path / "log") == 2 and "07.txt is not" in (tmp_path / "log").read_text()
+    assert n_faults(tmp_path / "log") == 2 and "07.txt is not" in (tmp_path / "log").read_text()
     assert data.all_captions(dataset) == [text for i in range(40) if i != 7 for text in dataset.captions(i)]
     for row, i in enumerate(kept):
         expected = brightness(crop_to_tensor(dataset.image(i), 64)[None])[0]
@@ -2449,7 +2452,6 @@ def test_bad_fine_tuning_is_refused(copied_run, tmp_path):
     for message, out, *more in (
             ("--n_embd 32 contradicts", "new", "--n_embd=32"),
             ("no checkpoint absent/biart.pt", "new", "--init_biart=absent"),
-            ("needs another --out_dir", copied_run / ".." / copied_run.name, "--overwrite"),
             ("augvae_sl.pt exists, and --init_biart brings another", "used"),
             *(("is for --stage biart, and brings", "new", other) for other in (
                 "--stage=all", "--init_from=a.pt", f"--tokenizer={copied_run / 'tokenizer.json'}"))):

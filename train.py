@@ -857,9 +857,8 @@ class Log:
         path, n_steps = self.settings.path, progress.step - self.first_step
         data.print0(f"{self.settings.stage}: {n_steps} steps in {self.seconds:.0f} s, "
                     f"saved to {path('.pt')}")
-        faults = data.count_read_errors(path("_bad_images.log"))
-        if faults:
-            data.print0(f"{faults:,} files could not be read: see {path('_bad_images.log')}")
+        if os.path.exists(path("_bad_images.log")):
+            data.print0(f"some files could not be read: see {path('_bad_images.log')}")
 
 # -----------------------------------------------------------------------------
 # How fast?
@@ -951,8 +950,6 @@ def check_settings(runs):
             own = os.path.join(config.out_dir, "augvae_sl.pt")
             if os.path.exists(own) and not (config.resume or config.overwrite):
                 raise ValueError(f"{own} exists, and --init_biart brings another: choose another --out_dir")
-            if os.path.realpath(config.init_biart) == os.path.realpath(config.out_dir):
-                raise ValueError(f"--init_biart {config.init_biart} needs another --out_dir")
 
 def check_later_stages(settings):
     """ValueError if --resume would train a stage on, though a later one was made from it."""
