@@ -116,7 +116,7 @@ def list_files(folder):
 
 def is_hidden(path):
     """Whether a path has a part like ".DS_Store", or macOS's folder __MACOSX of companion files."""
-    return any(part == "__MACOSX" or part.startswith(".") and part != "." for part in path.split("/"))
+    return any(part == "__MACOSX" or part.startswith(".") and part.strip(".") for part in path.split("/"))
 
 # What Pillow decodes by itself. The others start another program, or are no pictures
 Image.init()

@@ -558,9 +558,11 @@ def load_metric(run, network):
 
 def reconstruction_scores(run, val, inception=None):
     """-> "psnr", "ssim", "codebook_use", "perplexity", and "lpips", "rfid" where there are weights."""
-    metrics, lpips = {"psnr": psnr}, load_metric(run, augvae.LPIPS)
-    if run.vae.config.image_size >= 11:  # the side of its window
+    metrics, lpips, side = {"psnr": psnr}, None, run.vae.config.image_size
+    if side >= 11:  # its window
         metrics["ssim"] = ssim
+    if side >= 16:  # VGG halves it four times
+        lpips = load_metric(run, augvae.LPIPS)
     if lpips:
         metrics["lpips"] = lambda x, y: lpips(2 * x - 1, 2 * y - 1)
     totals, originals, reconstructions = dict.fromkeys(metrics, 0.0), [], []

@@ -2453,6 +2453,7 @@ def test_bad_fine_tuning_is_refused(copied_run, tmp_path):
             ("--n_embd 32 contradicts", "new", "--n_embd=32"),
             ("no checkpoint absent/biart.pt", "new", "--init_biart=absent"),
             ("augvae_sl.pt exists, and --init_biart brings another", "used"),
+            ("needs another --out_dir", copied_run, "--overwrite"),
             *(("is for --stage biart, and brings", "new", other) for other in (
                 "--stage=all", "--init_from=a.pt", f"--tokenizer={copied_run / 'tokenizer.json'}"))):
         with raises(ValueError, match=message):

@@ -393,6 +393,9 @@ def prepare_augvae(settings, train_set, val_set, resumed):
         vae = AugVAE(settings.augvae)
     if settings.stage == "augvae_ml" and vae.config.single_level:
         raise ValueError(f"{config.init_from} is an AugVAE-SL: --stage augvae_sl trains it")
+    grid, levels = config.token_grid, vae.config.levels  # perhaps those of --init_from
+    if config.stage == "all" and not vae.config.single_level and grid not in levels:
+        raise ValueError(f"--token_grid {grid} is none of --levels {levels}")
     if settings.stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
     train_view = data.Pixels(train_set, vae.config.image_size, settings.data.crop_scale)
@@ -933,6 +936,8 @@ def check_settings(runs):
             raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters}: give one of them")
         if settings.stage == "biart" and settings.data.data in ("imagenet", "folder"):
             raise ValueError(f"--data {settings.data.data} has no captions, which --stage biart needs")
+        if config.lpips_weight and settings.augvae.image_size < 16:
+            raise ValueError(f"--lpips_weight needs pictures of 16 pixels, not {settings.augvae.image_size}")
         if settings.stage == "biart" and config.batch_size % 2:
             raise ValueError(f"--batch_size {config.batch_size} is odd: half of a batch runs each way")
         if settings.stage == "biart" and config.tokenizer:
@@ -950,6 +955,8 @@ def check_settings(runs):
             own = os.path.join(config.out_dir, "augvae_sl.pt")
             if os.path.exists(own) and not (config.resume or config.overwrite):
                 raise ValueError(f"{own} exists, and --init_biart brings another: choose another --out_dir")
+            if os.path.realpath(config.init_biart) == os.path.realpath(config.out_dir):
+                raise ValueError(f"--init_biart {config.init_biart} needs another --out_dir")
 
 def check_later_stages(settings):
     """ValueError if --resume would train a stage on, though a later one was made from it."""
