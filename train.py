@@ -766,7 +766,7 @@ def make_optimizer(model, config, context, saved=None):
                             "weight_decay": 0.0 if name == "no_decay" else config.weight_decay}
                            for name, params in groups.items()],
                           lr=config.learning_rate, betas=(0.9, config.beta2),
-                          fused=context.device.type == "cuda" or torch.__version__ >= "2.5")
+                          fused=torch.__version__ >= "2.5" or None)  # before, not on all devices
     grad_scaler = getattr(torch.amp, "GradScaler", torch.cuda.amp.GradScaler)  # the first since torch 2.3
     scaler = grad_scaler(enabled=context.dtype is torch.float16)  # does nothing for other types
     if saved:
