@@ -2013,7 +2013,6 @@ def wait_for(process, beginning):
         assert process.poll() is None, f"it ended without a line {beginning}"
 
 @slow
-@old_torch
 def test_a_killed_run_continues_to_the_last_bit(finished, tmp_path):
     resume = []
     for line, seconds in (("augvae_ml 3/4", 0), ("augvae_sl 3/4", 0.2), ("biart 3/4", 0.01)):
