@@ -346,9 +346,9 @@ def expand_shards(pattern):
     return found
 
 def index_shard(path, index_dir="", log=""):
-    """-> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). It is kept beside the
-    shard or else in index_dir. The log names what is left out, and a damaged shard, which gives its whole
-    samples. Of such a shard no index is kept, so that the next run says it, too."""
+    """-> (n, 4), in bytes: start and size of each image, and of its text (0, 0: none). The index is kept
+    beside the shard or, if that fails, in index_dir. A damaged shard gives its complete samples. The log
+    names it, and members left out. Then no index is kept, so that the next run reports them again."""
     stat = os.stat(path)
     name = f"{os.path.basename(path)}.{stat.st_size:x}.{stat.st_mtime_ns:x}.npy"  # new for a new shard
     kept = [os.path.join(os.path.dirname(path), name)]
@@ -382,17 +382,17 @@ def index_shard(path, index_dir="", log=""):
     return index
 
 def add_member(samples, member, size):
-    """Note where an image or a text lies in a tar of this size. -> why it is left out, or None."""
+    """Add where an image or a text lies, in a tar of `size` bytes. Returns why it is left out, or None."""
     folder, name = os.path.split(member.name)
-    key, _, extension = name.lower().partition(".")  # the files of a sample share the key
-    kind = "image" if extension in IMAGE_EXTENSIONS else extension
+    key, _, extension = name.partition(".")  # the files of a sample share the key
+    kind = "image" if extension.lower() in IMAGE_EXTENSIONS else extension.lower()
     if is_hidden(member.name) or not (is_image(name) or name.lower().endswith(".txt")):
         return None
     if kind not in ("image", "txt"):
         return "a name has one dot, behind its key"
     if not member.isreg() or member.issparse():
         return "it is not a plain file"
-    sample = samples.setdefault((folder, name[:len(key)]), {})
+    sample = samples.setdefault((folder, key), {})
     if kind in sample:
         return f"its key has another {kind}"
     if member.offset_data + member.size <= size:  # all of it is there

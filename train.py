@@ -665,7 +665,7 @@ class Context:
         """Loader processes of a rank: as asked, or by default some for a GPU and none for a CPU."""
         if asked < 0 and self.device.type == "cuda":
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            return min(4, max(2, os.cpu_count() // ranks_here - 1))
+            return min(4, max(2, (os.cpu_count() or 1) // ranks_here - 1))
         return max(asked, 0)
 
     def autocast(self):
