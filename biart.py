@@ -78,7 +78,6 @@ def causal_attention(q, k, v):
 
 class CausalSelfAttention(nn.Module):
     """attention(ln(x)): the layer norm in front is part of it."""
-
     def __init__(self, config):
         super().__init__()
         self.n_head = config.n_head
@@ -99,7 +98,6 @@ class CausalSelfAttention(nn.Module):
 
 class MLP(nn.Module):
     """mlp(ln(x)): the layer norm in front is part of it."""
-
     def __init__(self, config):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
@@ -113,7 +111,6 @@ class MLP(nn.Module):
         return F.dropout(x, self.dropout, self.training)
 
 class Block(nn.Module):
-
     def __init__(self, config):
         super().__init__()
         self.attn = CausalSelfAttention(config)
@@ -474,7 +471,6 @@ def sample_token(logits, uniform, sampling):
 
 class KVCache:
     """Keys and values of all blocks while decoding: one tensor a block, (2, B, nh, length, hs)."""
-
     def __init__(self, length, device):
         self.length, self.kv = length, []
         self.position = torch.zeros(1, dtype=torch.long, device=device)  # of the next token
@@ -579,7 +575,6 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     The logits (N, V) would be the largest tensor of a step. Here they exist for a few rows at a time, and
     their gradient is computed while they do."""
-
     @staticmethod
     def forward(ctx, h, weight, targets, token_weights):
         with_gradient = ctx.needs_input_grad[0]

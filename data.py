@@ -8,7 +8,7 @@ Captioned pictures: how they are read, in which order, and how they become tenso
 Layouts (--data):
 
     scenes    built in: one or two coloured shapes, drawn when needed
-    imagenet  folders train and val, perhaps with train_list.txt and val_list.txt beside them
+    imagenet  a folder of images for each class: train/n01440764/*.JPEG
     folder    any tree of images
     pairs     images, each with a text file of the same name: one caption a line
     coco      a folder of images, and a JSON of captions: MS-COCO's or the Karpathy split
@@ -76,7 +76,6 @@ def read_folder(folder):
 
 class ImageFiles(Dataset):
     """Images below a folder, {path: captions}. Errors name `source`. ValueError if it holds no `what`."""
-
     def __init__(self, source, folder, captions, what="image", left_out=()):
         self.folder, self.n, self.captioned = folder, len(captions), any(captions.values())
         self.paths, self.texts, self.left_out = list(captions), list(captions.values()), dict(left_out)
@@ -126,16 +125,6 @@ PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # some programs 
 
 def is_image(path):
     return os.path.splitext(path)[1][1:].lower() in IMAGE_EXTENSIONS
-
-def read_imagenet(folder):
-    """The images in FOLDER_list.txt, if it exists. Paths start at the folder or at the list."""
-    listing = f"{os.path.normpath(folder)}_list.txt"
-    if not os.path.exists(listing):
-        return read_folder(folder)
-    paths = [line.rsplit(None, 1)[0] for line in read_text(listing).split("\n") if len(line.split()) > 1]
-    if not any(os.path.exists(os.path.join(folder, path)) for path in paths[:100]):
-        folder = os.path.dirname(listing)
-    return ImageFiles(listing, folder, {path: [] for path in paths})
 
 class Pairs(ImageFiles):
     def __init__(self, folder):
@@ -295,7 +284,6 @@ def atomic_write(path, part=None):
 
 class Tar(Dataset):
     """WebDataset shards. If any sample has a text, those without are left out."""
-
     def __init__(self, paths, index_dir="", log=""):
         indices = {}
         for [path] in progress(random.Random().sample(paths, len(paths)), 1, "indexing tar shards"):
@@ -432,7 +420,7 @@ def open_data(config, split, log="", index_dir=""):
     elif config.data == "coco":
         dataset = read_coco(where, captions, split)
     else:
-        readers = {"imagenet": read_imagenet, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
+        readers = {"imagenet": read_folder, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
         dataset = readers[config.data](where)
     left_out = [f"{n:,} {what}" for what, n in dataset.left_out.items() if n]
     if left_out:
@@ -475,7 +463,6 @@ def crop_to_tensor(image, size, scale=1.0, rng=None):
 
 class Pixels:
     """The view of images alone, for AugVAE: item(i, rng) -> (tensor (3, size, size) in [-1, 1],)."""
-
     def __init__(self, dataset, size, crop_scale):
         self.dataset, self.size, self.crop_scale = dataset, size, crop_scale
         self.shard_starts = dataset.shard_starts
@@ -547,7 +534,6 @@ def epoch_order(epoch, n, batch_size, seed, world, shard_starts):
 
 class BatchReader(torch.utils.data.Dataset):
     """In a loader process: [(index, position)] -> samples, number of reads, faults."""
-
     def __init__(self, read, n, replace, seed):
         self.read, self.n, self.replace, self.seed = read, n, replace, seed
 
@@ -781,7 +767,6 @@ LATTICE = 4  # pixels. Centres are multiples of it, so that things share patches
 
 class Scenes(Dataset):
     """Scene i depends on the split (train, val or heldout) and i alone. The splits share no scene."""
-
     def __init__(self, split, n):
         self.split, self.n = split, n
 

@@ -112,7 +112,6 @@ def load(out_dir="out", **settings):
 
 class Run:
     """The models of a run, and the settings to sample them with."""
-
     def __init__(self, config, biart=True):
         """Load AugVAE and, unless reconstructions are all that is wanted, BiART and its tokenizer."""
         self.config, self.save_dir = config, config.save_dir or config.out_dir
@@ -398,7 +397,6 @@ FID_FILE = ("pt_inception-2015-12-05-6726825d.pth", "6726825d", "https://github.
 
 class FIDInception(nn.Module):
     """FID's network, PIL images of one size -> features (B, 2048): Inception v3 with other pooling."""
-
     def __init__(self, download=True):
         super().__init__()
         from torchvision.models import inception_v3  # imported here because nothing else needs it
@@ -647,7 +645,6 @@ def serve(run):
 
 class PageServer(ThreadingHTTPServer):
     """A thread for each request. The lock `models` gives the run to one of them at a time."""
-
     def __init__(self, run):
         super().__init__(("127.0.0.1", run.config.port), PageHandler)
         self.run, self.models = run, threading.Lock()

@@ -157,26 +157,14 @@ def merge_everywhere(ids, pair, new_id):
     return out
 
 def brute_force_train(texts, vocab_size):
-    words = [list(word.encode()) for text in texts for word in trained_words(text)]
-    merges = []
-    while len(merges) < vocab_size - 258:
-        counts = Counter((word[i], word[i + 1]) for word in words for i in range(len(word) - 1))
-        pair = min(counts, key=lambda p: (-counts[p], p), default=None)
-        if pair is None or counts[pair] < 2:
-            break
-        words = [merge_everywhere(word, pair, 256 + len(merges)) for word in words]
-        merges.append(pair)
-    return merges
+    """By the loop in a docstring."""
+    counts = Counter(tuple(word.encode()) for text in texts for word in trained_words(text))
+    names = {**vars(tokenizer_module), "word_counts": counts, "first_id": 256, "n_merges": vocab_size - 258}
+    exec(textwrap.dedent(learn_merges.__doc__.split("slower:\n\n")[1]), names)
+    return names["merges"]
 
 def test_the_examples_in_the_docstrings():
     assert doctest.testmod(tokenizer_module) == (0, 4)
-    loop = textwrap.dedent(learn_merges.__doc__.split("slower:\n\n")[1])
-    words = [word for text in TEXTS for word in trained_words(text)]
-    counts = Counter(tuple(word.encode()) for word in words)
-    for n_merges in (0, 50, 10000):
-        names = {**vars(tokenizer_module), "word_counts": counts, "first_id": 256, "n_merges": n_merges}
-        exec(loop, names)
-        assert names["merges"] == learn_merges(counts, 256, n_merges)
 
 def test_text_comes_back_exactly():
     rng = Random(0)
@@ -338,11 +326,7 @@ def layout(kind, base):
     where, more = base / "train", {}
     for i, name in enumerate(names):
         noise(where / name, i)
-    if "lists" in kind:
-        prefix = "train/" if "long" in kind else ""
-        (base / "train_list.txt").write_text("".join(f"{prefix}{name} 0\n" for name in names))
-        noise(where / "class 0" / "unlisted.png", 99)
-    elif kind == "pairs":
+    if kind == "pairs":
         for name, texts in zip(names, captions):
             (where / name).with_suffix(".txt").write_text("\n".join([*texts, "", " "]))
         noise(where / "uncaptioned.png", 99)
@@ -365,10 +349,9 @@ def layout(kind, base):
                             (f"{i}.txt", "\n".join(captions[i]).encode())]
             pack(base / f"00{shard}.tar", members)
         where = base / "{000..001}.tar"
-    return {"data": kind.split()[0].replace("karpathy", "coco"), "train_dir": where, "val_dir": where, **more}
+    return {"data": kind.replace("karpathy", "coco"), "train_dir": where, "val_dir": where, **more}
 
-@mark.parametrize("kind", ["imagenet lists", "imagenet long lists", "imagenet", "folder", "pairs", "karpathy",
-                           "tsv", "tar"])
+@mark.parametrize("kind", ["imagenet", "folder", "pairs", "karpathy", "tsv", "tar"])
 def test_every_layout(kind, tmp_path, capsys):
     settings = {name: str(value) for name, value in layout(kind, tmp_path).items()}
     dataset = data.open_data(DataConfig(**settings), "train")
@@ -423,10 +406,7 @@ def test_bad_lists_are_refused(tmp_path):
             data.read_tsv(tmp_path / "list.tsv")
     (tmp_path / "odd.tsv").write_text("﻿a \x07 b\ta.png\textra\n\n\U0001f600\ta.png\n", encoding="utf-8")
     assert data.read_tsv(tmp_path / "odd.tsv").captions(0) == ["a b", "\U0001f600"]
-    (tmp_path / "train_list.txt").write_text("n01/absent.JPEG 3\n")
     (tmp_path / "train").mkdir()
-    with raises(ValueError, match="there is no .*n01/absent.JPEG"):
-        data.read_imagenet(tmp_path / "train")
     for read in (data.read_folder, data.Pairs):
         with raises(ValueError, match="holds no image"):
             read(tmp_path / "train")
@@ -678,23 +658,6 @@ def test_validation_samples_can_be_read(tmp_path):
     with raises(OSError, match="could not be read"):
         data.validation_subset(dataset, 4)
 
-def test_progress_every_five_seconds(monkeypatch, capsys):
-    clock = [0.0]
-    monkeypatch.setattr(data, "time", Namespace(monotonic=lambda: clock[0]))
-
-    def work(n, seconds):
-        chunks = []
-        for chunk in data.progress(range(n), 4, "encoding"):
-            chunks += chunk
-            clock[0] += seconds
-        assert chunks == list(range(n))
-        return capsys.readouterr().out.splitlines()
-    lines = work(1001, 0.4)
-    assert len(lines) == 19 and lines[0] == "encoding: 52 of 1,001, 95 s left"
-    assert work(20, 0.05) == work(0, 1.0) == work(4, 9.0) == []
-    monkeypatch.setenv("RANK", "1")
-    assert work(1001, 0.4) == []
-
 def brightness(images):
     """A stand-in for an encoder: (B, 3, 64, 64) -> codes (B, 4)."""
     return images.unflatten(2, (4, 16)).mean((1, 3, 4)).add(1).mul(500).int()
@@ -896,24 +859,6 @@ def test_oracle_reads_everything_everywhere():
             image = draw_things(things, data.place_things(relation, rng))
             assert read_scene(image) == facts(things, relation)
 
-def test_no_scenes():
-    assert read_scene(Image.new("RGB", (40, 40), data.BACKGROUND)) is None
-    three = [("small", "red", "circle")] * 3
-    assert read_scene(draw_things(three, [(8, 8), (20, 20), (32, 32)])) is None
-    for caption in ("", "something", "a small red", "a red circle above", "a red red circle",
-                    "a red circle above a blue square today", "a mauve circle above a red cross"):
-        assert parse_caption(caption) is None
-
-def test_which_thing_comes_first():
-    words, forward = data.WORDS["left of"] + data.WORDS["above"], []
-    for i in range(600):
-        _, relation, _, captions = data.Scenes("train", 600).scene(i)
-        if relation:
-            forward.append([any(f" {word} " in caption for word in words) for caption in captions])
-            assert sum(forward[-1]) == len(data.PHRASES) - data.N_BACKWARD
-    share = np.mean(forward, 0)  # 5/6, and four standard deviations
-    assert share.min() > 0.76 and share.max() < 0.91
-
 def test_captions_are_judged():
     scene = facts([("small", "red", "circle"), ("large", "orange", "arrow")], "left of")
     assert scene == facts([("large", "orange", "arrow"), ("small", "red", "circle")], "right of")
@@ -940,14 +885,6 @@ def test_exact_rates():
     wrong = data.exact_rates(prompts, pictures[1:] + pictures[:1], references, ["a cat"] * 12)
     assert wrong["t2i"] < 0.3 and wrong["i2t"] == 0
     assert data.exact_rates(["a cat"], pictures[:1], [["a cat"]], ["a cat"]) == {}
-
-def test_components():
-    rows = ("11111.1", "....1.1", "111.1.1", "1.1.1.1", "1...1..", "11111.1", ".......")
-    mask = np.array([list(row) for row in rows]) == "1"
-    found = data.components(mask)
-    assert [part.sum() for part in found] == [20, 4, 1]  # a spiral, a bar and a dot
-    assert found[1][:4, 6].all() and np.array_equal(sum(part.astype(int) for part in found), mask)
-    assert len(data.components(np.eye(3) > 0)) == 3  # corners do not connect
 
 def test_contact_sheets(tmp_path, capsys):
     sheet = data.contact_sheet([Image.new("RGB", (64, 64), "red")] * 5, ["a long caption " * 8] * 5, 3, 96)
@@ -1818,23 +1755,6 @@ def test_prompts_are_read_once(guidance):
     model.generate(text, "image", n=8, prefix=image[:, :3], sampling=Sampling(guidance=guidance))
     assert read == [(prompts, 6 + 3)] + [(8 * prompts, 1)] * 5
 
-@mark.parametrize("to", ["image", "text"])
-def test_on_token_sees_every_token(to):
-    model, (text, image), seen = biart(seed=2), text_and_codes(2), []
-    ref, prefix = (text, image[:, :2]) if to == "image" else (image, text[:, :2])
-    with torch.no_grad():
-        model.token["text"].weight[18] += 1.5
-
-    def on_token(tokens, n_known):
-        seen.append((tokens.clone(), n_known))
-
-    tokens, _ = model.generate(ref, to, 2, prefix, on_token=on_token)
-    longest = int((tokens != 19).sum(1).max())
-    assert longest == 9 if to == "image" else longest < 6
-    assert [n_known for _, n_known in seen] == list(range(3, longest + 1))
-    for known, n_known in seen:
-        assert known.shape == tokens.shape and equal(known[:, :n_known], tokens[:, :n_known])
-
 def test_sampling_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
     uniform = (torch.arange(20000) + 0.5) / 20000
@@ -1891,15 +1811,6 @@ def test_beam_search_against_brute_force(n_text, width, prefix, length_penalty, 
         assert allclose(scores[i, :len(texts)], torch.tensor(expected), atol=1e-5)
     greedy, _ = model.generate(image, "text", 1, given, Sampling(temperature=0, guidance=guidance))
     assert equal(model.beam_search(image, 1, given, length_penalty, guidance)[0][:, 0], greedy)
-
-def test_likelihoods_are_computed_in_parts():
-    model, (text, image), parts = biart(), text_and_codes(2500), []
-    model.blocks[0].register_forward_hook(lambda *_: parts.append(1))
-    for to in OTHER:
-        log_p, count = model.log_likelihood(text, image, to)
-        last, last_count = model.log_likelihood(text[-400:], image[-400:], to)
-        assert allclose(log_p[-400:], last, atol=1e-5) and equal(count[-400:], last_count)
-    assert len(parts) == 2 * (2 + 1)
 
 def test_one_batch_is_learned_both_ways():
     model, (text, image) = BiART(replace(GPT, n_embd=32)), text_and_codes(4)
@@ -2391,14 +2302,6 @@ def test_two_ranks_train_as_one(tmp_path):
     for folder in (out, alone):
         train_in(folder, "--resume", "--stage=biart", "--batch_size=4", "--max_iters=6")
     assert losses(out, "biart") == approx(losses(alone, "biart"), rel=1e-4)
-
-@slow
-def test_overwriting_makes_tokens_again(copied_run, monkeypatch):
-    plain, asked = data.encode_blocks, []
-    monkeypatch.setattr(data, "encode_blocks", lambda *given: asked.append(len(given[-1])) or plain(*given))
-    train_in(copied_run, "--resume", "--stage=biart")
-    train_in(copied_run, *MINIATURE, "--stage=biart", "--overwrite")
-    assert asked == [0, 0, 24, 6]
 
 @slow
 def test_a_finished_run_is_trained_on(copied_run, monkeypatch):
@@ -3410,44 +3313,6 @@ def test_other_sites_and_bad_pictures(server, monkeypatch):
         assert status == 400 and "not an image" in lines[0]["error"], lines
     for host in ("localhost", "127.0.0.1:8000"):
         assert "records" in answer(server, "/paint", good, Host=host, Origin=f"http://{host}")[1][-1]
-
-@slow
-def test_an_internal_error_is_not_shown(server, monkeypatch, capfd):
-    def fail(*_given):
-        raise RuntimeError("a secret")
-
-    error = {"error": "something went wrong: the server's terminal says what"}
-    with monkeypatch.context() as patched:
-        patched.setattr(sample, "read_request", fail)
-        assert answer(server, "/paint", {"prompt": "a"}) == (500, [error])
-    with monkeypatch.context() as patched:
-        patched.setattr(sample.Run, "decode", fail)  # after the answer has begun
-        assert answer(server, "/paint", {"prompt": "a"}) == (200, [{"notes": []}, error])
-    assert "RuntimeError: a secret" in capfd.readouterr().err
-    assert answer(server, "/paint", {"prompt": "a", "n": 1})[0] == 200
-
-@slow
-@mark.parametrize("path", ["/paint", "/caption"])
-def test_a_client_that_leaves(path, server, monkeypatch):
-    n_sent, send = 0, sample.PageHandler.send
-
-    def slowly(self, *args, **line):
-        nonlocal n_sent
-        time.sleep(0.2)
-        send(self, *args, **line)
-        n_sent += 1
-
-    monkeypatch.setattr(sample.PageHandler, "send", slowly)
-    asked = {"prompt": "a cross"} if path == "/paint" else {"image": base64_of(scenes(1)[0])}
-    with connect(server.server_address[1]) as connection:
-        connection.request("POST", path, json.dumps(asked))
-        connection.getresponse().readline()
-        assert server.models.locked()
-    until = time.monotonic() + 20
-    while server.models.locked():
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    assert n_sent < 5  # of one line for each row or token
 
 @slow
 @mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -159,7 +159,6 @@ def read_clip_merges(content):
 
 class Tokenizer:
     """Text -> ids in [0, len(tokenizer)), and back. The special ids `end` and `pad` stand for no text."""
-
     def __init__(self, kind, merges):
         self.kind, self.merges = kind, [tuple(pair) for pair in merges]
         clip = kind == "clip"

@@ -248,7 +248,6 @@ def get_lr(step, config, max_iters):
 
 class Signals:
     """SIGTERM and Ctrl-C in training: the first lets the loop finish its step and save, a second kills."""
-
     def __enter__(self):
         self.number, self.caught_at = 0, 0.0
         self.before = {n: signal.signal(n, self.catch) for n in (signal.SIGTERM, signal.SIGINT)}
@@ -616,7 +615,6 @@ KINDS = {  # how argparse reads each type; its error messages name the function
 
 class Context:
     """Device, precision, and the place of this process among those of torchrun."""
-
     def __init__(self, device, dtype):
         self.rank, self.world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
