@@ -3044,6 +3044,31 @@ def test_the_change_in_the_readme(tmp_path):
     wrong = subprocess.run([*command, "--loss=l3"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert f"--loss 'l3' is none of: l2, l1, {loss}" in wrong.stderr
 
+def test_the_recipe_of_the_emoji(tmp_path):
+    picture = io.BytesIO()
+    Image.new("RGBA", (72, 72), (255, 0, 0, 0)).save(picture, "PNG")
+    codes, tags = [f"{i:X}" for i in range(60)], list("abcde")
+    concepts = [{"hexcode": code, "label": f"thing {code}", "tags": tags, "group": 0} for code in codes]
+    concepts[0]["skins"] = [{"hexcode": "0-FE0F", "label": "thing 0: dark"}]
+    (tmp_path / "packages").mkdir()
+    for name, path in (("emoji-datasource-google-16.0.0", "img/google/64/{}.png"),
+                       ("emoji-datasource-twitter-16.0.0", "img/twitter/64/{}.png"),
+                       ("lobehub-fluent-emoji-3d-1.1.0", "assets/{}.webp")):
+        files = [(f"package/{path.format(code.lower())}", picture.getvalue()) for code in codes]
+        pack(tmp_path / "packages" / f"{name}.tgz", files[bool("google" in name):])  # Noto has no thing 0
+    content = json.dumps([*concepts, {"hexcode": "1F3FB", "label": "no group"}]).encode()
+    pack(tmp_path / "packages" / "emojibase-data-17.0.0.tgz", [("package/en/data.json", content)])
+    run(sys.executable, "assets/emoji.py", tmp_path)
+    lists = {name: data.read_tsv(tmp_path / f"{name}.tsv") for name in ("train", "heldout", "val")}
+    assert sum(map(len, lists.values())) == 3 * 60 - 1 + 2
+    assert lists["train"].image(0).size == (64, 64) and lists["train"].image(0).getpixel((9, 9)) == (255,) * 3
+    things = {name: {tuple(text.split(", ")) for i in range(len(some)) for text in some.captions(i)[:1]}
+              for name, some in lists.items()}
+    for thing, style in things["heldout"]:
+        assert {s for t, s in things["train"] if t == thing} == {"noto", "flat", "3d"} - {style}
+    assert not {t for t, _ in things["val"]} & {t for t, _ in things["train"] | things["heldout"]}
+    assert lists["train"].captions(0) == ["thing 1, noto", "noto thing 1", "a, b, c, d, noto"]
+
 # -----------------------------------------------------------------------------
 # sample.py: metrics, and the scores of a run
 

@@ -596,19 +596,16 @@ def true_or_false(text):
         raise ValueError(text)
     return text.lower() in ("true", "yes", "1")
 
-def text(value):
-    return os.path.expanduser(value) if value.startswith("~/") else value  # --out_dir=~/x
-
 def whole_numbers(text):
     return tuple(int(part) for part in text.replace(",", " ").split())
 
 KINDS = {  # how argparse reads each type; its error messages name the function
     int: {"type": int, "metavar": "int"},
     float: {"type": float, "metavar": "float"},
-    str: {"type": text, "metavar": "text"},
+    str: {"type": os.path.expanduser, "metavar": "text"},  # --out_dir=~/x
     bool: {"type": true_or_false, "metavar": "bool", "nargs": "?", "const": True},
     tuple[int, ...]: {"type": whole_numbers, "metavar": "int,int,..."},
-    tuple[str, ...]: {"type": text, "metavar": "text", "nargs": "+"}}
+    tuple[str, ...]: {"type": os.path.expanduser, "metavar": "text", "nargs": "+"}}
 
 # -----------------------------------------------------------------------------
 # Where and how to compute

@@ -1,5 +1,4 @@
-"""
-The recipe of a data set: 10,944 captioned emoji of 64 x 64 pixels, in three styles. It needs npm and Pillow.
+"""The recipe of a data set: 10,944 captioned emoji of 64 x 64 pixels, in three styles. It needs npm and Pillow.
 $ python assets/emoji.py emoji      makes emoji/images/STYLE/CODE.png, and lists of lines `caption TAB path`:
     emoji/train.tsv      to train on
     emoji/heldout.tsv    pictures whose concept is in train.tsv in the two other styles only
@@ -11,6 +10,8 @@ Styles: noto (Noto Color Emoji, Apache-2.0), flat (Twemoji, Twitter and other co
 import io
 import json
 import os
+import pathlib
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -25,20 +26,21 @@ STYLES = {  # package, its version, where a picture lies in it
 
 def read_package(folder, name, version):
     """Download a package of npm -> {path: content} of its names or pictures."""
-    file = f"{name.strip('@').replace('/', '-')}-{version}.tgz"
-    if not os.path.exists(os.path.join(folder, file)):
+    file = os.path.join(folder, f"{name.strip('@').replace('/', '-')}-{version}.tgz")
+    if not os.path.exists(file):
+        if not shutil.which("npm"):
+            sys.exit("emoji.py: it needs npm to download the pictures: install Node.js")
         subprocess.run(["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, check=True)
-    with tarfile.open(os.path.join(folder, file)) as tar:
+    with tarfile.open(file) as tar:
         return {member.name.partition("/")[2]: tar.extractfile(member).read() for member in tar
                 if member.name.endswith(("en/data.json", ".png", ".webp")) and "sheets" not in member.name}
 
 def which_list(concept, style):
     key = zlib.crc32(concept["hexcode"].encode())
-    if key % 20 == 0:
-        return "val"
-    return "heldout" if key % 6 == 1 and key // 6 % 3 == list(STYLES).index(style) else "train"
+    left_out = key % 6 == 1 and key // 6 % 3 == list(STYLES).index(style)
+    return "val" if key % 20 == 0 else "heldout" if left_out else "train"
 
-def main(out):
+def main(out="emoji"):
     os.makedirs(f"{out}/packages", exist_ok=True)
     concepts = json.loads(read_package(f"{out}/packages", "emojibase-data", "17.0.0")["en/data.json"])
     lists = {"train": [], "val": [], "heldout": [], "concepts": []}
@@ -50,20 +52,18 @@ def main(out):
                 code = emoji["hexcode"].lower()
                 names = [pattern.format(name) for name in (code, code.replace("-fe0f", ""), f"{code}-fe0f")]
                 found = [files[name] for name in names if name in files]
-                if not found:  # this style lacks it
-                    continue
+                if not found:
+                    continue  # this style lacks it
                 picture = Image.open(io.BytesIO(found[0])).convert("RGBA").resize((64, 64), Image.LANCZOS)
                 picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
                 path, split = f"images/{style}/{code}.png", which_list(concept, style)
-                picture.convert("RGB").save(os.path.join(out, path))
+                picture.convert("RGB").save(f"{out}/{path}")
                 keywords = ", ".join([*concept.get("tags", ())[:4], style])
-                captions = f"{emoji['label']}, {style}", f"{style} {emoji['label']}", keywords
-                lists[split] += [f"{caption}\t{path}\n" for caption in captions]
+                for caption in (f"{emoji['label']}, {style}", f"{style} {emoji['label']}", keywords):
+                    lists[split].append(f"{caption}\t{path}\n")
                 lists["concepts"].append(f"{path}\t{concept['label']}\t{style}\t{split}\n")
     for name, lines in lists.items():
-        with open(f"{out}/{name}.tsv", "w", encoding="utf-8") as f:
-            f.writelines(lines)
+        pathlib.Path(f"{out}/{name}.tsv").write_text("".join(lines), encoding="utf-8")
         print(f"{name}.tsv: {len(lines):,} lines")
 
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+main(*sys.argv[1:2])
