@@ -261,11 +261,9 @@ class Run:
         return other
 
     def examples(self):
-        """Prompts for the page: of built-in scenes with things never seen."""
-        if make_settings(self.settings, "biart").data.data != "scenes":
-            return []
-        scenes = data.Scenes("heldout", 4)
-        return [scenes.captions(i)[0] for i in range(len(scenes))]
+        """Prompts for the page, as training left them."""
+        path = os.path.join(self.config.out_dir, "prompts.txt")
+        return data.clean_captions(data.read_text(path).split("\n")) if os.path.exists(path) else []
 
 # -----------------------------------------------------------------------------
 # Files in, files out
@@ -752,8 +750,8 @@ def data_url(picture):
 # Export and speed
 
 def export(run, folder):
-    """augvae_sl.pt, biart.pt and tokenizer.json without what training needs, to be used as a run. Parameters
-    become float16. The codebook stays float32: codes are chosen by small differences."""
+    """The files of a run that sampling needs. Parameters become float16, but not the codebook, since
+    codes are chosen by small differences."""
     os.makedirs(folder, exist_ok=True)
     if os.path.samefile(folder, run.config.out_dir):
         raise ValueError(f"--export {folder} would overwrite the run: name another folder")
@@ -767,6 +765,7 @@ def export(run, folder):
         content = {"stage": stage, "settings": settings, **made_from, "config": asdict(model.config)}
         save_checkpoint(os.path.join(folder, f"{stage}.pt"), {**content, "model": weights})
     run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
+    Path(folder, "prompts.txt").write_text("\n".join(run.examples()), encoding="utf-8")
     print(f"wrote {folder}: `python sample.py --out_dir {folder}` uses it")
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ $ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --wor
       --epochs 2 --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val
 
 A run is a folder, --out_dir: {stage}.pt (last checkpoint), {stage}_best.pt (lowest validation loss),
-{stage}.csv (log), {stage}_{step}.png (pictures), tokenizer.json, tokens/.
+{stage}.csv (log), {stage}_{step}.png (pictures), tokenizer.json, tokens/, prompts.txt (examples).
 """
 import argparse
 import contextlib
@@ -443,6 +443,10 @@ def prepare_biart(settings, train_set, val_set, resumed, context):
 
     train_view = tokens("train", train_set, config.cache_crops, biart_config.null_prob)
     val_view = tokens("val", val_set, 1, 0.0)
+    if context.rank == 0 and not resumed:
+        prompts = [val_set.captions(i)[0] for i in range(min(4, len(val_set)))]
+        with data.atomic_write(os.path.join(config.out_dir, "prompts.txt")) as f:  # examples, for the page
+            f.write("\n".join(prompts).encode())
     return BiARTObjective(biart, vae, tokenizer, made_from), train_view, val_view
 
 def read_augvae(settings, stage, path=""):

@@ -1,4 +1,4 @@
-"""The recipe of a data set: 10,944 captioned emoji of 64 x 64 pixels, in three styles. It needs npm and Pillow.
+"""The recipe of a data set: 10,944 captioned emoji of 64 x 64 pixels, in three styles. Needs npm and Pillow.
 $ python assets/emoji.py emoji      makes emoji/images/STYLE/CODE.png, and lists of lines `caption TAB path`:
     emoji/train.tsv      to train on
     emoji/heldout.tsv    pictures whose concept is in train.tsv in the two other styles only
