@@ -3,7 +3,6 @@ Use a trained run: paint captions, caption images, complete either, look at reco
 
 $ python sample.py                                  both ways on validation samples -> out/samples.png
 $ python sample.py --prompt "a small red circle above a large blue square" --rerank 32
-$ python sample.py --prompts captions.txt           one caption a line
 $ python sample.py --image picture.png folder       what do the pictures show?
 $ python sample.py --image picture.png --beam 4     the likeliest captions; --prefix "there is a" begins them
 $ python sample.py --image picture.png --prompt "a red circle ..." --keep_rows 4 keep the top, paint the rest

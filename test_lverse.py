@@ -2153,7 +2153,7 @@ def test_settings_are_documented(capsys):
         assert all(set(values) <= known for values in preset.values())
         for stage in train.STAGES:
             train.make_settings({"preset": name}, stage)
-    for argument, message in [("--max_iter=3", "unknown setting --max_iter=3: try --max_iters"),
+    for argument, message in [("--max_iter=3", "unrecognized arguments: --max_iter=3"),
                               ("--levels=8,x", "--levels: invalid whole_numbers value: '8,x'")]:
         with raises(SystemExit):
             train.main([argument])

@@ -18,7 +18,6 @@ A run is a folder, --out_dir: {stage}.pt (last checkpoint), {stage}_best.pt (low
 import argparse
 import contextlib
 import datetime
-import difflib
 import functools
 import inspect
 import math
@@ -588,12 +587,7 @@ def parse(argv, description, *configs):
                 f = settings[setting[1]]
                 text = f"{setting[2]} [{f.default}]".replace("%", "%%")
                 group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **KINDS[f.type])
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = sorted(name for action in parser._actions for name in action.option_strings)
-        close = difflib.get_close_matches(unknown[0].split("=")[0], names) or names
-        parser.error(f"unknown setting {unknown[0]}: try {', '.join(close)}")
-    return vars(found)
+    return vars(parser.parse_args(argv))
 
 def true_or_false(text):
     if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
