@@ -55,7 +55,7 @@ GUIDANCE = {"image": 4.0, "text": 1.5}  # of generated samples. Captions suffer 
 class TrainConfig:
     # The run
     stage: str = "all"  # augvae_ml, augvae_sl, biart, or all of them in this order
-    preset: str = "tiny"  # tiny (40 px, CPU), small (64 px) or released (256 px)
+    preset: str = "tiny"  # tiny (40 px, CPU), small (48 px, CPU) or released (256 px)
     out_dir: str = "out"  # folder of the run
     resume: bool = False  # continue the run in out_dir
     overwrite: bool = False  # start anew over the run in out_dir
@@ -101,28 +101,26 @@ class TrainConfig:
                "dtype": ("auto", "float32", "bfloat16", "float16")}
 
 # What a preset sets: under "" for every stage, then for one stage. The command line wins over both.
-SHORT_AUGVAE = {"batch_size": 8, "learning_rate": 2e-3, "warmup_iters": 20}
-SHORT_BIART = {"batch_size": 32, "learning_rate": 3e-3, "warmup_iters": 100,
-               "weight_decay": 0.1, "optimizer": "muon"}
+ON_CPU = {"hidden": 16, "n_res_blocks": 1, "n_groups": 1, "z_channels": 64, "n_layer": 4, "crop_scale": 1.0,
+          "optimizer": "muon", "beta2": 0.99, "eval_interval": 500}
+AUGVAE_ON_CPU = {"batch_size": 8, "learning_rate": 2e-3, "warmup_iters": 20}
+BIART_ON_CPU = {"batch_size": 32, "learning_rate": 3e-3, "warmup_iters": 100, "weight_decay": 0.1,
+                "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}
 PRESETS = {
     "tiny": {
-        "": {"image_size": 40, "levels": (10, 5), "hidden": 16, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 64, "codebook_size": 512, "codebook_dim": 8, "token_grid": 10,
-             "n_layer": 4, "n_head": 4, "n_embd": 128, "n_text": 16, "vocab_size": 512,
-             "n_scenes": 16384, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 300, "rate": 0.003, "vq_start": 100},
-        "augvae_sl": {**SHORT_AUGVAE, "optimizer": "muon", "max_iters": 1400, "rate": 0.005,
-                      "eval_interval": 500, "log_interval": 100},
-        "biart": {**SHORT_BIART, "max_iters": 2800, "eval_interval": 500, "log_interval": 50,
-                  "code_hidden": 64, "t2i_weight": 5.0, "replace_prob": 0.1}},
+        "": {**ON_CPU, "image_size": 40, "levels": (10, 5), "ch_mult": (1, 2, 4), "codebook_size": 512,
+             "codebook_dim": 8, "token_grid": 10, "n_head": 4, "n_embd": 128, "n_text": 16,
+             "vocab_size": 512, "n_scenes": 16384},
+        "augvae_ml": {**AUGVAE_ON_CPU, "max_iters": 300, "rate": 0.003, "vq_start": 100},
+        "augvae_sl": {**AUGVAE_ON_CPU, "max_iters": 1400, "rate": 0.005, "log_interval": 100},
+        "biart": {**BIART_ON_CPU, "max_iters": 2800, "log_interval": 50}},
     "small": {
-        "": {"image_size": 64, "levels": (16, 8, 4), "hidden": 32, "ch_mult": (1, 2, 4), "n_res_blocks": 1,
-             "n_groups": 1, "z_channels": 128, "codebook_size": 1024, "codebook_dim": 16, "token_grid": 16,
-             "rate": 0.0003, "n_layer": 4, "n_head": 6, "n_embd": 192, "n_text": 32, "vocab_size": 2048,
-             "dropout": 0.1, "crop_scale": 1.0, "beta2": 0.99, "eval_interval": 100},
-        "augvae_ml": {**SHORT_AUGVAE, "max_iters": 200},
-        "augvae_sl": {**SHORT_AUGVAE, "max_iters": 1200},
-        "biart": {**SHORT_BIART, "max_iters": 2400, "eval_interval": 200, "t2i_weight": 3.0}},
+        "": {**ON_CPU, "image_size": 48, "levels": (6, 3), "ch_mult": (1, 2, 4, 4), "codebook_size": 1024,
+             "codebook_dim": 16, "token_grid": 6, "n_head": 8, "n_embd": 256, "n_text": 20,
+             "vocab_size": 2048, "rate": 0.001},
+        "augvae_ml": {**AUGVAE_ON_CPU, "max_iters": 200, "vq_start": 80},
+        "augvae_sl": {**AUGVAE_ON_CPU, "max_iters": 2200, "log_interval": 100},
+        "biart": {**BIART_ON_CPU, "batch_size": 64, "max_iters": 4000, "log_interval": 50}},
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "lpips_weight": 0.1},
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
