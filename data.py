@@ -398,7 +398,7 @@ class DataConfig:
     val_dir: str = ""  # validation data, as train_dir
     val_captions: str = ""  # coco: captions JSON of the validation images
     n_scenes: int = 12288  # scenes: how many different ones to train on
-    crop_scale: float = 0.75  # smallest training crop, share of the centre square; 1 = centre crop
+    crop_scale: float = 0.75  # smallest crop to train AugVAE on, share of the centre square; 1: the centre
     workers: int = -1  # loader processes per rank; 0: none; -1: none on a CPU, 2 to 4 on a GPU
 
     limits = {"n_scenes": (1, inf), "crop_scale": (1e-3, 1), "workers": (-1, inf)}
@@ -415,13 +415,10 @@ def open_data(config, split, log="", index_dir=""):
         raise ValueError(f"--data {config.data} needs --{split}_dir")
     if config.data == "coco" and not captions:
         raise ValueError(f"--data coco needs --{split}_captions")
-    if config.data == "tar":
-        dataset = Tar(expand_shards(where), index_dir, log)
-    elif config.data == "coco":
-        dataset = read_coco(where, captions, split)
-    else:
-        readers = {"imagenet": read_folder, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv}
-        dataset = readers[config.data](where)
+    readers = {"imagenet": read_folder, "folder": read_folder, "pairs": Pairs, "tsv": read_tsv,
+               "coco": lambda where: read_coco(where, captions, split),
+               "tar": lambda where: Tar(expand_shards(where), index_dir, log)}
+    dataset = readers[config.data](where)
     left_out = [f"{n:,} {what}" for what, n in dataset.left_out.items() if n]
     if left_out:
         print0(f"left out of {where}: {', '.join(left_out)}")
@@ -623,12 +620,12 @@ def all_captions(dataset, log=""):
 
 # -----------------------------------------------------------------------------
 # The token cache: a folder with a data set that is encoded once. key.json says what the tokens depend on.
-# 00000.npy, 00001.npy, ... are blocks: a row for each sample that can be read, with `codes` (crops, n_image),
+# 00000.npy, 00001.npy, ... are blocks: a row for each sample that can be read, with `codes` (n_image,),
 # `n_texts`, and `texts` (the largest n_texts, n_text). After a kill, only the missing blocks are encoded.
 
 class Tokens:
     """The view of a token cache, for BiART: item(i, rng) -> ids (n_text,) of a random caption, codes
-    (n_image,) of a random crop, and a bool: whether to blank the reference side (probability null_prob)."""
+    (n_image,), and a bool: whether to blank the reference side (probability null_prob)."""
     shard_starts = None
 
     def __init__(self, folder, null_prob=0.0):
@@ -648,8 +645,7 @@ class Tokens:
         row = self.blocks[block][i - self.ends[block]]  # negative: from the block's end
         text = row["texts"][rng.randrange(row["n_texts"])]
         null = torch.tensor(rng.random() < self.null_prob)
-        codes = row["codes"][rng.randrange(len(row["codes"]))]
-        return torch.from_numpy(text.astype(np.int64)), torch.from_numpy(codes.astype(np.int64)), null
+        return torch.from_numpy(text.astype(np.int64)), torch.from_numpy(row["codes"].astype(np.int64)), null
 
 @dataclass
 class TokenSource:
@@ -657,32 +653,26 @@ class TokenSource:
     dataset: Dataset
     tokenizer: object
     n_text: int  # ids of a text; longer ones are cut
-    size: int  # pixels of a crop's side
+    size: int  # pixels of a side; an image gives its centre square
     made_from: dict  # fingerprints of what makes the codes
-    crops: int = 1  # one: the centre square; several: random ones
-    crop_scale: float = 1.0  # smallest random one, share of the centre's area
     log: str = ""  # names what cannot be read
     workers: int = 0  # loader processes
 
     def __post_init__(self):
-        if self.crops == 1:
-            self.crop_scale = 1.0
         if len(self.tokenizer) > 65536:
             raise ValueError(f"a token cache holds ids up to 65535, not {len(self.tokenizer):,} tokens")
 
     def key(self):
         return {**self.made_from, "tokenizer": self.tokenizer.fingerprint(),
                 "data": self.dataset.fingerprint(), "files": self.dataset.stamp(),
-                "transforms": f"{self.size} px, {self.crops} x {self.crop_scale}, {self.n_text} ids a text"}
+                "sizes": f"{self.size} px, {self.n_text} ids a text"}
 
     def read(self, i, rng):
-        """-> ids (n_texts, n_text), how many texts were cut, crops (crops, 3, size, size) in [-1, 1]."""
+        """-> ids (n_texts, n_text), how many texts were cut, pixels (3, size, size) in [-1, 1]."""
         texts = [self.tokenizer.encode_padded(caption, self.n_text) for caption in self.dataset.captions(i)]
-        image = self.dataset.image(i, ceil(self.size / self.crop_scale ** 0.5))
-        crops = [crop_to_tensor(image, self.size, self.crop_scale, random.Random(f"{i} {crop}"))
-                 for crop in range(self.crops)]
         ids, cut = zip(*texts)
-        return np.array(ids, np.uint16), sum(cut), torch.stack(crops)
+        pixels = crop_to_tensor(self.dataset.image(i, self.size), self.size)
+        return np.array(ids, np.uint16), sum(cut), pixels
 
 def cache_tokens(source, encode, folder, *, anew=False, rank=0, world=1, all_reduce=lambda x: x):
     """Encode a TokenSource into a folder, for Tokens(). The ranks share the missing blocks. encode: images
@@ -715,12 +705,12 @@ def encode_blocks(source, encode, paths, indices):
     n, counts, samples = len(source.dataset), torch.zeros(2, dtype=torch.int64), []
     for chunk, found in read_chunks(source.read, indices, n, "encoding", source.log, source.workers):
         if found:
-            texts, n_cut, crops = zip(*found)
+            texts, n_cut, pixels = zip(*found)
             counts += torch.tensor([sum(n_cut), sum(len(ids) for ids in texts)])
-            codes = encode(torch.cat(crops)).cpu().numpy()  # (B * crops, n_image)
+            codes = encode(torch.stack(pixels)).cpu().numpy()  # (B, n_image)
             if codes.max() > 65535:
                 raise ValueError(f"a token cache holds codes up to 65535, not {codes.max()}")
-            samples += zip(texts, codes.reshape(len(found), source.crops, -1))
+            samples += zip(texts, codes)
         end = chunk[-1] + 1
         if end % BLOCK > 0 and end < n:  # the block has more chunks
             continue

@@ -705,15 +705,8 @@ def test_the_token_cache(tmp_path, small_blocks, capsys):
     assert sorted(os.listdir(tmp_path / "out")) == [*(f"0000{i}.npy" for i in range(5)), "key.json"]
     assert len(pickle.dumps(tokens)) < 1000
     assert "warning" not in capsys.readouterr().out
-    # several crops, and texts that are all cut
-    several = encodable(tmp_path, crops=3, crop_scale=0.5, n_text=3)
-    tokens = data.Tokens(encoded(several, tmp_path / "crops"))
+    encoded(encodable(tmp_path, n_text=3), tmp_path / "cut")
     assert "--n_text 3 cuts 76 of 76 captions" in capsys.readouterr().out
-    codes = np.concatenate([rows["codes"] for rows in tokens.blocks])
-    assert codes.shape == (38, 3, 4) and (codes[:, 0] != codes[:, 1]).any()
-    assert len({tuple(tokens.item(0, Random(k))[1].tolist()) for k in range(60)}) == 3
-    crop = crop_to_tensor(dataset.image(5), 64, 0.5, Random("5 2"))
-    assert equal(torch.from_numpy(codes[kept.index(5), 2].astype(np.int32)), brightness(crop[None])[0])
 
 @slow
 @mark.parametrize("method, n", [("fork", 2), ("spawn", 1)])  # spawn: Windows and macOS
@@ -721,7 +714,7 @@ def test_loader_processes_change_nothing(method, n, tmp_path, monkeypatch):
     loader = torch.utils.data.DataLoader
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda *arguments, **options: loader(
         *arguments, **options, multiprocessing_context=method if options["num_workers"] else None))
-    a, b = (encoded(encodable(tmp_path, crops=2, crop_scale=0.5, workers=workers), tmp_path / str(workers))
+    a, b = (encoded(encodable(tmp_path, workers=workers), tmp_path / str(workers))
             for workers in (0, n))
     assert cache_files(a) == cache_files(b)
     pack(tmp_path / "0.tar", [(f"{i}.png", noise(tmp_path / "x.png", i).read_bytes()) for i in range(10)])
@@ -784,12 +777,11 @@ def test_other_tokens_are_made_again(tmp_path, small_blocks, capsys):
     source, out = encodable(tmp_path), str(tmp_path / "out")
     others = {"augvae": encodable(tmp_path, made_from={"augvae": "b"}),
               "tokenizer": encodable(tmp_path, tokenizer=Tokenizer.train(["text"], 258)),
-              "transforms": encodable(tmp_path, crops=2, crop_scale=0.5),
+              "sizes": encodable(tmp_path, n_text=11),
               "data and files": replace(source, dataset=data.Subset(source.dataset, range(30)))}
     for name, other in others.items():
         encoded(source, out)
         encoded(source, out, None)  # nothing is encoded anew
-        encoded(encodable(tmp_path, crop_scale=0.5), out, None)  # a single crop has no scale
         capsys.readouterr()
         encoded(other, out)
         assert f"{out} are made again: {name} changed" in capsys.readouterr().out
@@ -2142,7 +2134,7 @@ def test_bench_of_training(stage, tmp_path, capsys, monkeypatch):
     assert float(found[2]) > 0 and (stage == "biart" or int(found[3]) > 0) and not (tmp_path / "out").exists()
 
 def test_settings_are_documented(capsys):
-    given = train.parse(["--levels", "10,5", "--learning_rate=0.5", "--resume", "--attention", "false"], "",
+    given = train.parse(["--levels", "10,5", "--learning_rate=0.5", "--resume", "--no-attention"], "",
                         *train.CONFIGS)
     assert given == {"levels": (10, 5), "learning_rate": 0.5, "resume": True, "attention": False}
     config, preset = train.make_settings(given, "biart").train, train.PRESETS["tiny"]
@@ -2162,7 +2154,7 @@ def test_settings_are_documented(capsys):
         with raises(SystemExit):
             train.parse(["--help"], "What it does", cls)
         printed = capsys.readouterr().out
-        described = dict(re.findall(r"\n  --(\w+) (.*?)(?=\n  --|\n\n|$)", printed, re.DOTALL))
+        described = dict(re.findall(r"\n  --(\w+)(?:, --no-\w+)?\s(.*?)(?=\n  --|\n\n|$)", printed, re.DOTALL))
         defaults = {f.name: f.default for f in fields(cls) if not f.metadata}
         assert set(described) == set(defaults)
         assert set(cls.limits) <= {name for name, x in defaults.items() if type(x) in (int, float)}
@@ -2180,14 +2172,13 @@ def test_bad_settings_are_refused(tmp_path):
             ("--beta2 nan is not in", "--beta2=nan"), ("levels (8, 3)", "--levels=8,3"),
             ("--batch_size 3 is odd", "--batch_size=3"), ("cannot read absent", "--tokenizer=absent"),
             ("--token_grid 5 is none of --levels (8, 4)", "--token_grid=5"),
-            ("--data folder has no captions, which --stage biart needs", "--data=folder"),
             ("--epochs 1.0 and --max_iters 4", "--epochs=1"), ("finds no checkpoint", "--resume"),
             ("augvae_ml.pt exists: --resume continues it", f"--out_dir={tmp_path}"),
             ("--device 'tpu' cannot be used here", "--device=tpu"),
             ("--dtype float16 cannot be used on cpu", "--dtype=float16")]:
         with raises(ValueError, match=re.escape(message)):
             train.main([*MINIATURE, f"--out_dir={tmp_path}/new", *given])
-    assert os.listdir(tmp_path) == ["augvae_ml.pt"]
+    assert [path.name for path in tmp_path.rglob("*.*")] == ["augvae_ml.pt"]
 
 def test_learning_rate_schedule():
     config = train.TrainConfig(learning_rate=1.0, warmup_iters=10)

@@ -80,7 +80,6 @@ class TrainConfig:
     init_biart: str = ""  # fine-tune: the run whose BiART, AugVAE and tokenizer to begin with
     vocab_size: int = 8192  # largest text vocabulary to train
     tokenizer: str = ""  # use this vocabulary instead: tokenizer.json, or CLIP's .txt.gz
-    cache_crops: int = 1  # crops of a training image to keep as tokens; 1: the centre, more: random ones
     # Validation and log
     eval_interval: int = 1000  # steps between validation, pictures and checkpoint
     eval_images: int = 256  # validation images, spread over the validation set
@@ -94,8 +93,7 @@ class TrainConfig:
 
     limits = {"seed": (0, 2 ** 31), "epochs": (0, 1e6), "batch_size": (1, inf), "beta2": (0, 0.9999),
               "gradient_accumulation_steps": (1, inf), "token_grid": (1, inf), "vocab_size": (258, 65536),
-              "cache_crops": (1, inf), "eval_interval": (1, inf), "eval_images": (1, inf),
-              "log_interval": (1, inf)}  # of others: from 0
+              "eval_interval": (1, inf), "eval_images": (1, inf), "log_interval": (1, inf)}  # others: from 0
     choices = {"stage": (*STAGES, "all"), "preset": ("tiny", "small", "released"),
                "optimizer": ("adamw", "muon"), "loss": tuple(LOSSES),
                "dtype": ("auto", "float32", "bfloat16", "float16")}
@@ -428,18 +426,17 @@ def prepare_biart(settings, train_set, val_set, resumed, context):
         with context.autocast():
             return vae.encode(images.to(context.device))[0].flatten(1)
 
-    def tokens(split, dataset, crops, null_prob):
+    def tokens(split, dataset, null_prob):
         source = data.TokenSource(
-            dataset, tokenizer, biart_config.n_text, vae.config.image_size, made_from, crops,
-            settings.data.crop_scale, settings.path("_bad_images.log"),
-            context.workers(settings.data.workers))
+            dataset, tokenizer, biart_config.n_text, vae.config.image_size, made_from,
+            settings.path("_bad_images.log"), context.workers(settings.data.workers))
         folder = os.path.join(config.out_dir, "tokens", split)
         data.cache_tokens(source, encode, folder, anew=config.overwrite and not resumed,
                           rank=context.rank, world=context.world, all_reduce=context.all_reduce)
         return data.Tokens(folder, null_prob)
 
-    train_view = tokens("train", train_set, config.cache_crops, biart_config.null_prob)
-    val_view = tokens("val", val_set, 1, 0.0)
+    train_view = tokens("train", train_set, biart_config.null_prob)
+    val_view = tokens("val", val_set, 0.0)
     if context.rank == 0 and not resumed:
         prompts = [val_set.captions(i)[0] for i in range(min(4, len(val_set)))]
         with data.atomic_write(os.path.join(config.out_dir, "prompts.txt")) as f:  # examples, for the page
@@ -535,7 +532,7 @@ def settings_to_fine_tune(given):
     return size
 
 # -----------------------------------------------------------------------------
-# Settings: every field of the config classes is one, `--name value`
+# Settings: every field of the config classes is one
 
 CONFIGS = TrainConfig, DataConfig, AugVAEConfig, BiARTConfig
 
@@ -587,11 +584,6 @@ def parse(argv, description, *configs):
                 group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **KINDS[f.type])
     return vars(parser.parse_args(argv))
 
-def true_or_false(text):
-    if text.lower() not in ("true", "yes", "1", "false", "no", "0"):
-        raise ValueError(text)
-    return text.lower() in ("true", "yes", "1")
-
 def whole_numbers(text):
     return tuple(int(part) for part in text.replace(",", " ").split())
 
@@ -599,7 +591,7 @@ KINDS = {  # how argparse reads each type; its error messages name the function
     int: {"type": int, "metavar": "int"},
     float: {"type": float, "metavar": "float"},
     str: {"type": os.path.expanduser, "metavar": "text"},  # --out_dir=~/x
-    bool: {"type": true_or_false, "metavar": "bool", "nargs": "?", "const": True},
+    bool: {"action": argparse.BooleanOptionalAction},  # --resume, --no-resume
     tuple[int, ...]: {"type": whole_numbers, "metavar": "int,int,..."},
     tuple[str, ...]: {"type": os.path.expanduser, "metavar": "text", "nargs": "+"}}
 
@@ -925,17 +917,12 @@ def check_settings(runs):
             raise ValueError(f"--compile needs torch 2.3 or newer, this is {torch.__version__}")
         if config.epochs and "max_iters" in given:
             raise ValueError(f"--epochs {config.epochs} and --max_iters {config.max_iters}: give one of them")
-        if settings.stage == "biart" and settings.data.data in ("imagenet", "folder"):
-            raise ValueError(f"--data {settings.data.data} has no captions, which --stage biart needs")
         if config.lpips_weight and settings.augvae.image_size < 16:
             raise ValueError(f"--lpips_weight needs pictures of 16 pixels, not {settings.augvae.image_size}")
         if settings.stage == "biart" and config.batch_size % 2:
             raise ValueError(f"--batch_size {config.batch_size} is odd: half of a batch runs each way")
         if settings.stage == "biart" and config.tokenizer:
             Tokenizer.load(config.tokenizer)
-        levels_known = not (runs[0].train.init_from or config.resume)  # else a checkpoint has them
-        if len(runs) > 1 and levels_known and config.token_grid not in settings.augvae.levels:
-            raise ValueError(f"--token_grid {config.token_grid} is none of --levels {settings.augvae.levels}")
         if os.path.exists(path) and not (config.resume or config.overwrite or config.bench):
             raise ValueError(f"{path} exists: --resume continues it, --overwrite starts anew")
         check_later_stages(settings)
