@@ -124,9 +124,6 @@ class Attention(nn.Module):
 
 class Upsample(nn.Conv2d):
     """(B, C, h, w) -> (B, C, 2h, 2w): conv(interpolate(x, scale_factor=2))."""
-    def __init__(self, c):
-        super().__init__(c, c, 3, padding=1)
-
     def forward(self, x):
         return upsample_conv(x, self.weight, self.bias)
 
@@ -163,7 +160,7 @@ class Decoder(nn.Sequential):
                 if config.attention and i == len(ch_mult) - 1:
                     self.add_module(f"up_{i}_attn_{j}", Attention(c, config))
             if i > 0:
-                self.add_module(f"up_{i}_upsample", Upsample(c))
+                self.add_module(f"up_{i}_upsample", Upsample(c, c, 3, padding=1))
         self.add_module("conv_out", NormSiLUConv(c, c_out, config))
 
 def add_middle(module, c, config):

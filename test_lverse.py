@@ -1093,7 +1093,8 @@ def test_blocks_equal_plain_ones():
     for training in (True, False):
         assert_same_gradients(block.train(training), plain, [channels_last(2, 8, 4, 4)], 1e-5,
                               list(block.parameters()))
-    up, x = augvae.Upsample(5).double(), torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
+    up = augvae.Upsample(5, 5, 3, padding=1).double()
+    x = torch.randn(2, 5, 6, 7, dtype=torch.double, requires_grad=True)
     assert_same_gradients(
         up, lambda x: F.conv2d(F.interpolate(x, scale_factor=2), up.weight, up.bias, padding=1), [x], 1e-12,
         list(up.parameters()))
@@ -2154,7 +2155,7 @@ def test_settings_are_documented(capsys):
         with raises(SystemExit):
             train.parse(["--help"], "What it does", cls)
         printed = capsys.readouterr().out
-        described = dict(re.findall(r"\n  --(\w+)(?:, --no-\w+)?\s(.*?)(?=\n  --|\n\n|$)", printed, re.DOTALL))
+        described = dict(re.findall(r"\n  --(\w+)(?:, --no-\w+)?\s(.*?)(?=\n  --|\n\n|$)", printed, re.S))
         defaults = {f.name: f.default for f in fields(cls) if not f.metadata}
         assert set(described) == set(defaults)
         assert set(cls.limits) <= {name for name, x in defaults.items() if type(x) in (int, float)}

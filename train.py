@@ -4,10 +4,6 @@ Train AugVAE-ML, AugVAE-SL and BiART, one after the other or each alone, with on
 On a laptop, all three stages on the built-in scenes (15 to 30 minutes on 2 CPU cores):
 $ python train.py
 
-On your own captioned pictures, here in the MS-COCO layout:
-$ python train.py --preset small --data coco \\
-      --train_dir IMAGES --train_captions JSON --val_dir IMAGES --val_captions JSON
-
 On 8 GPUs, one stage, on ImageNet (data.py lists the other layouts):
 $ torchrun --nproc_per_node=8 train.py --stage augvae_ml --preset released --workers 2 --batch_size 4 \\
       --epochs 2 --train_dir /path/to/imagenet/train --val_dir /path/to/imagenet/val
@@ -387,9 +383,8 @@ def prepare_augvae(settings, train_set, val_set, resumed):
         vae = AugVAE(settings.augvae)
     if settings.stage == "augvae_ml" and vae.config.single_level:
         raise ValueError(f"{config.init_from} is an AugVAE-SL: --stage augvae_sl trains it")
-    grid, levels = config.token_grid, vae.config.levels  # perhaps those of --init_from
-    if config.stage == "all" and not vae.config.single_level and grid not in levels:
-        raise ValueError(f"--token_grid {grid} is none of --levels {levels}")
+    if config.stage == "all" and not vae.config.single_level and config.token_grid not in vae.config.levels:
+        raise ValueError(f"--token_grid {config.token_grid} is none of --levels {vae.config.levels}")
     if settings.stage == "augvae_sl" and not vae.config.single_level:
         vae = vae.single_level(config.token_grid)
     train_view = data.Pixels(train_set, vae.config.image_size, settings.data.crop_scale)
