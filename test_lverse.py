@@ -3000,12 +3000,16 @@ def test_the_readme_names_what_there_is():
 @slow
 def test_the_commands_of_the_readme_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(os.path.join(HERE, "assets", "scenes"), tmp_path / "assets" / "scenes")
+    shutil.copytree(os.path.join(HERE, "assets"), tmp_path / "assets")
     images, captions = coco(tmp_path / "made")
+    for i in range(4):
+        noise(tmp_path / "emoji" / f"{i}.png", i)
     for script, given in COMMANDS:
         given = shlex.split(given)
         for name, value in zip(given, given[1:]):
-            if name in ("--train_dir", "--val_dir"):
+            if value.endswith(".tsv"):
+                Path(value).write_text("".join(f"thing {i}\t{i}.png\n" for i in range(4)))
+            elif name in ("--train_dir", "--val_dir"):
                 shutil.copytree(images, value, dirs_exist_ok=True)
             elif name in ("--train_captions", "--val_captions"):
                 Path(value).parent.mkdir(exist_ok=True)
