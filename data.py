@@ -61,10 +61,8 @@ class Dataset:
 
 def fingerprint(*parts):
     """Arrays, plain values -> a short hash."""
-    h = hashlib.sha256()
-    for part in parts:
-        h.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
-    return h.hexdigest()[:16]
+    parts = [part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode() for part in parts]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 # -----------------------------------------------------------------------------
 # Layouts on disk, and how a file is read

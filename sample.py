@@ -10,7 +10,7 @@ $ python sample.py --image picture.png --variations paint what the captions say 
 $ python sample.py --reconstruct a.png b.png        what do the image tokens keep?
 $ python sample.py --eval                           scores on validation data, one JSON object last
 $ python sample.py --serve                          a page to play with, on http://localhost:8000
-$ python sample.py --export assets/scenes           the weights of a run alone, to be used as --out_dir
+$ python sample.py --export assets/scenes           what sampling needs of a run, to be used as --out_dir
 
 Outputs go to --save_dir: pictures, a sheet of them (the first 64 rows) with captions, and samples.json
 (prompts, seeds, settings, scores) or scores.json. To use a run from Python, see load().
@@ -71,7 +71,7 @@ class SampleConfig:
     val_captions: str = ""  # coco: its captions JSON
     serve: bool = False  # open a page to paint and caption on, for this machine alone
     port: int = 8000  # of that page; 0 takes a free one
-    export: str = ""  # write the weights of the run alone into this folder, parameters as float16
+    export: str = ""  # write what sampling needs of the run into this folder, parameters as float16
     bench: bool = False  # time decoding: of the run in --out_dir if given, else of a random model of 12 x 512
     # How to sample, in both directions
     n: int = 8  # samples of each input; without an input, validation samples to show
@@ -764,7 +764,8 @@ def export(run, folder):
         content = {"stage": stage, "settings": settings, **made_from, "config": asdict(model.config)}
         save_checkpoint(os.path.join(folder, f"{stage}.pt"), {**content, "model": weights})
     run.tokenizer.save(os.path.join(folder, "tokenizer.json"))
-    Path(folder, "prompts.txt").write_text("\n".join(run.examples()), encoding="utf-8")
+    if run.examples():
+        Path(folder, "prompts.txt").write_text("\n".join(run.examples()), encoding="utf-8")
     print(f"wrote {folder}: `python sample.py --out_dir {folder}` uses it")
 
 @torch.no_grad()

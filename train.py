@@ -114,7 +114,7 @@ PRESETS = {
              "vocab_size": 2048, "rate": 0.001},
         "augvae_ml": {**AUGVAE_ON_CPU, "max_iters": 200, "vq_start": 80},
         "augvae_sl": {**AUGVAE_ON_CPU, "max_iters": 2200, "log_interval": 100},
-        "biart": {**BIART_ON_CPU, "batch_size": 64, "max_iters": 4000, "log_interval": 50}},
+        "biart": {**BIART_ON_CPU, "batch_size": 64, "max_iters": 3000, "log_interval": 50}},
     "released": {
         "": {"vocab_size": 49408, "warmup_iters": 2000, "lpips_weight": 0.1},
         "augvae_ml": {"data": "imagenet", "batch_size": 4, "max_iters": 300000},
@@ -432,10 +432,10 @@ def prepare_biart(settings, train_set, val_set, resumed, context):
 
     train_view = tokens("train", train_set, biart_config.null_prob)
     val_view = tokens("val", val_set, 0.0)
-    if context.rank == 0 and not resumed:
-        prompts = [val_set.captions(i)[0] for i in range(min(4, len(val_set)))]
-        with data.atomic_write(os.path.join(config.out_dir, "prompts.txt")) as f:  # examples, for the page
-            f.write("\n".join(prompts).encode())
+    path = os.path.join(config.out_dir, "prompts.txt")  # examples, for the page
+    if context.rank == 0 and not (resumed and os.path.exists(path)):
+        with data.atomic_write(path) as f:
+            f.write("\n".join(val_set.captions(i)[0] for i in range(min(4, len(val_set)))).encode())
     return BiARTObjective(biart, vae, tokenizer, made_from), train_view, val_view
 
 def read_augvae(settings, stage, path=""):
@@ -576,7 +576,7 @@ def parse(argv, description, *configs):
             elif setting and setting[1] in settings:
                 f = settings[setting[1]]
                 text = f"{setting[2]} [{f.default}]".replace("%", "%%")
-                group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=text, **KINDS[f.type])
+                group.add_argument(f"--{f.name}", default=argparse.SUPPRESS, **KINDS[f.type]).help = text
     return vars(parser.parse_args(argv))
 
 def whole_numbers(text):
