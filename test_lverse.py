@@ -1739,15 +1739,6 @@ def test_a_decoding_step_stays_in_its_memory():
             assert [x.data_ptr() for x in (cache.position, *cache.kv)] == places
             assert all(kv[:, :, :, position].any() and not kv[:, :, :, position + 1].any() for kv in cache.kv)
 
-@mark.parametrize("guidance", [1.0, 2.0])
-@torch.no_grad()
-def test_prompts_are_read_once(guidance):
-    model, (text, image), read = biart(), text_and_codes(2), []
-    model.blocks[0].register_forward_hook(lambda block, args, output: read.append(tuple(output.shape[:2])))
-    prompts = 2 if guidance == 1 else 4  # the second half is blank
-    model.generate(text, "image", n=8, prefix=image[:, :3], sampling=Sampling(guidance=guidance))
-    assert read == [(prompts, 6 + 3)] + [(8 * prompts, 1)] * 5
-
 def test_sampling_distribution():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, 1.5]])
     uniform = (torch.arange(20000) + 0.5) / 20000
