@@ -8,8 +8,7 @@ Captioned pictures: how they are read, in which order, and how they become tenso
 Layouts (--data):
 
     scenes    built in: one or two coloured shapes, drawn when needed
-    imagenet  a folder of images for each class: train/n01440764/*.JPEG
-    folder    any tree of images
+    folder    any tree of images, without captions; imagenet is the same
     pairs     images, each with a text file of the same name: one caption a line
     coco      a folder of images, and a JSON of captions: MS-COCO's or the Karpathy split
     tsv       lines `caption TAB path`, as in Conceptual Captions
@@ -61,8 +60,10 @@ class Dataset:
 
 def fingerprint(*parts):
     """Arrays, plain values -> a short hash."""
-    parts = [part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode() for part in parts]
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+    h = hashlib.sha256()
+    for part in parts:
+        h.update(part.tobytes() if isinstance(part, np.ndarray) else repr(part).encode())
+    return h.hexdigest()[:16]
 
 # -----------------------------------------------------------------------------
 # Layouts on disk, and how a file is read

@@ -260,7 +260,7 @@ class Run:
         return other
 
     def examples(self):
-        """Prompts for the page, as training left them."""
+        """Prompts for the page: those in the run's prompts.txt."""
         path = os.path.join(self.config.out_dir, "prompts.txt")
         return data.clean_captions(data.read_text(path).split("\n")) if os.path.exists(path) else []
 
